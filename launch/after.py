@@ -1,0 +1,107 @@
+"""What is done with a finished run: evaluate it, export it, ask it something."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from sft_dist.data.tokenise import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sft_dist import evaluate as measure
+from sft_dist.data.loader import Loader
+from sft_dist.errors import ConfigError
+from sft_dist.export import ABOUT, export, read_run
+from sft_dist.topology import Topology
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _is_run(model: str) -> bool:
+    return (Path(model) / "run.yaml").is_file()
+
+
+def _open(model: str) -> tuple[Any, str, str | None]:
+    """(plain model, tokenizer folder or id, shards of the run it is from) of a run folder, an export or a hub id."""
+    if _is_run(model):
+        trained = read_run(Path(model))
+        return trained.model, str(trained.tokenizer), trained.config.prepare.out
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, attn_implementation="sdpa").eval()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{model}: neither a run folder nor a model ({str(error).splitlines()[0]}). Name a run_dir, an export, or a "
+            "Hugging Face id"
+        ) from None
+    about = Path(model) / ABOUT
+    return loaded, model, json.loads(about.read_text())["shards"] if about.is_file() else None
+
+
+def evaluate_models(models: tuple[str, ...], shards: str | None, *, micro_batch_rows: int, as_json: bool) -> None:
+    """Print the held-out numbers of each model."""
+    for model in models:
+        loaded, tokenizer, own_shards = _open(model)
+        folder = shards or own_shards
+        if folder is None:
+            raise ConfigError(f"{model}: no shards are known for it; name prepared ones with --shards FOLDER")
+        values = _measure(loaded, tokenizer, Path(folder), model, micro_batch_rows)
+        if as_json:
+            print(json.dumps({"model": model, **values}))
+        else:
+            shown = "  ".join(f"{name.removeprefix('validation_')} {value:.4f}" for name, value in values.items())
+            print(f"{model}: {shown}")
+
+
+def _measure(model: Any, tokenizer: str, folder: Path, name: str, micro_batch_rows: int) -> dict[str, float]:
+    validation = measure.open_shards(folder, "validation")
+    if validation is None:
+        raise ConfigError(f"{folder}: has no validation split; set prepare.validation_fraction and prepare again")
+    measure.same_tokenizer(validation, Tokenizer.load(tokenizer).fingerprint, name)
+    forward, comms = measure.alone(model, _device())
+    loader = Loader(validation, Topology(), seed=0, micro_batch_rows=micro_batch_rows, shuffle=False)
+    evaluator = measure.Evaluator(comms, loader, measure.LabelTask.open(folder / "labels"))
+    try:
+        return evaluator.metrics(forward)
+    finally:
+        comms.close()
+
+
+def export_run(run_dir: Path, out: Path, dtype: str | None) -> None:
+    """Export, and say what can be done with the result."""
+    step = export(run_dir, out, getattr(torch, dtype) if dtype else None)
+    print(
+        f"exported step {step} to {out}: loaded again with plain transformers, weights and logits equal\n"
+        f'  AutoModelForCausalLM.from_pretrained("{out}")   ·   sft-dist eval {out}   ·   sft-dist chat {out} --prompt "…"'
+    )
+
+
+def answer_prompt(model: str, prompt: str, max_new_tokens: int) -> str:
+    """The model's greedy answer to one prompt, through its own chat template."""
+    loaded, folder, _ = _open(model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.chat_template is None:
+        raise ConfigError(f"{model}: its tokenizer has no chat template; export it from a run, or add one")
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(_device())
+    length = asked["input_ids"].shape[1]
+    context = getattr(loaded.config, "max_position_embeddings", None) or length + max_new_tokens
+    if length >= context:
+        raise ConfigError(f"--prompt: {length} tokens do not leave room in a context of {context}; shorten it")
+    with torch.no_grad():
+        made = loaded.to(_device()).generate(
+            **asked,
+            max_new_tokens=min(max_new_tokens, context - length),
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    return tokenizer.decode(made[0, length:], skip_special_tokens=True).strip()

@@ -1,0 +1,134 @@
+"""The console script `sft-dist`: one short function a sub-command; nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sft_dist import __version__
+from sft_dist.errors import SftDistError
+
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+PRINT_CONFIG = click.option(
+    "--print-config", is_flag=True, help="Show every resolved value and the derived numbers, and stop."
+)
+
+
+class Told(click.Group):
+    """Errors written for people end the program with one line and their own exit code, never a traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except SftDistError as error:
+            click.echo(f"sft-dist: {error}", err=True)
+            context.exit(error.exit_code)
+
+
+@click.group(cls=Told, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Exact, elastic, distributed supervised fine-tuning: prepare, train, eval, export, chat.
+
+    RUN.yaml describes a run; KEY=VALUE changes one of its keys, as in train.learning_rate=1e-5.
+    """
+
+
+@main.command()
+@click.argument("run_file", metavar="RUN.yaml")
+@OVERRIDES
+@click.option("--fresh", is_flag=True, help="Prepare anew; shards that are there are set aside, not deleted.")
+@PRINT_CONFIG
+def prepare(run_file: str, overrides: tuple[str, ...], fresh: bool, print_config: bool) -> None:
+    """Raw records → shards (train and validation)."""
+    from launch.prepare import run
+    from sft_dist.config import load
+
+    config = load(run_file, overrides)
+    if print_config:
+        click.echo(_as_yaml(config))
+        return
+    run(config, fresh=fresh)
+
+
+@main.command()
+@click.argument("shards", metavar="SHARDS")
+@click.option(
+    "--row", type=int, help="Decode this row (0-based): target, context, padding and document boundaries in colour."
+)
+def inspect(shards: str, row: int | None) -> None:
+    """Statistics of prepared shards, and one row decoded."""
+    from launch.prepare import show
+
+    show(Path(shards), row)
+
+
+@main.command()
+@click.argument("run_file", metavar="RUN.yaml")
+@OVERRIDES
+@click.option("--nproc", type=click.IntRange(min=1), help="Processes; default: one a GPU, or one.")
+@click.option("--fresh", is_flag=True, help="Start over; what the old run left is set aside, not deleted.")
+@PRINT_CONFIG
+def train(run_file: str, overrides: tuple[str, ...], nproc: int | None, fresh: bool, print_config: bool) -> None:
+    """Shards → a fine-tuned model, on this machine; goes on from the last checkpoint by itself."""
+    from launch import local
+    from sft_dist.config import load
+
+    config = load(run_file, overrides)
+    processes = nproc or local.default_processes()
+    if print_config:
+        click.echo(_as_yaml(config))
+        click.echo(local.describe(config, processes))
+        return
+    sys.exit(local.run(config, run_file, overrides, processes, fresh=fresh))
+
+
+@main.command(name="eval")
+@click.argument("models", metavar="RUN_DIR|MODEL...", nargs=-1, required=True)
+@click.option("--shards", help="Folder of prepared shards; default: the run's own.")
+@click.option(
+    "--micro-batch-rows", type=click.IntRange(min=1), default=8, show_default=True, help="Rows of one forward pass."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a model, for programs.")
+def evaluate(models: tuple[str, ...], shards: str | None, micro_batch_rows: int, as_json: bool) -> None:
+    """Token-weighted validation loss and perplexity; accuracy and F1 for label tasks."""
+    from launch.after import evaluate_models
+
+    evaluate_models(models, shards, micro_batch_rows=micro_batch_rows, as_json=as_json)
+
+
+@main.command()
+@click.argument("run_dir", metavar="RUN_DIR")
+@click.argument("out", metavar="OUT")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: the precision the run computed in.")
+def export(run_dir: str, out: str, dtype: str | None) -> None:
+    """Checkpoint → a Hugging Face folder, reloaded and compared before it says done."""
+    from launch.after import export_run
+
+    export_run(Path(run_dir), Path(out), dtype)
+
+
+@main.command()
+@click.argument("model", metavar="RUN_DIR|MODEL")
+@click.option("--prompt", required=True, help="What to ask.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Length limit of the answer."
+)
+def chat(model: str, prompt: str, max_new_tokens: int) -> None:
+    """One answer from the model."""
+    from launch.after import answer_prompt
+
+    click.echo(answer_prompt(model, prompt, max_new_tokens))
+
+
+def _as_yaml(config: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump(config.model_dump(by_alias=True), sort_keys=False, allow_unicode=True).rstrip()
+
+
+if __name__ == "__main__":
+    main()

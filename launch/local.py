@@ -1,0 +1,124 @@
+"""Starts torchrun on this machine, keeps signals away from it, and tells the person how it went.
+
+torchrun turns every signal into a failure and a traceback. So it runs in a session of its own, out of reach of the
+terminal, and a wish to stop reaches the ranks through a file they look at between micro-batches.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.train import Plan
+from sft_dist.config import RunConfig
+from sft_dist.limits import SIGNALS, Verdict
+from sft_dist.metrics import loss_curve, read_lines
+from sft_dist.topology import Life, Topology
+
+_TRAIN = Path(__file__).with_name("train.py")
+
+
+def default_processes() -> int:
+    """One process a GPU, or one; asked of the driver, so that torch need not be imported."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return max(1, len([d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d.strip() not in ("", "-1")]))
+    return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+
+
+def describe(config: RunConfig, processes: int) -> str:
+    """The derived numbers of a run on so many processes of this machine."""
+    return Plan.of(config, Topology(world_size=processes), Life("print"), fresh=False).describe()
+
+
+def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: int, *, fresh: bool) -> int:
+    """Check everything that can be checked, start the ranks, wait; returns the exit code.
+
+    0: completed; 128 + signal number: stopped on request, all saved; else what the ranks ended with.
+    """
+    describe(config, processes)  # raises what is wrong before anything starts
+    life = time.strftime("local-%Y%m%d-%H%M%S") + f"-{os.getpid()}"
+    with tempfile.TemporaryDirectory(prefix="sft-dist-") as folder:
+        stop_file = Path(folder) / "stop"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += [str(_TRAIN), run_file, *overrides, *(["--fresh"] if fresh else [])]
+        environment = {**os.environ, "SFT_DIST_LIFE": life, "SFT_DIST_STOP_FILE": str(stop_file)}
+        process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
+        asked = _forward_signals(process, stop_file)
+        _relay(process)
+        code = process.wait()
+    verdict = Verdict.read(Path(config.run_dir) / "verdicts", f"{life}-0")
+    if verdict is None:
+        print(f"sft-dist: the ranks ended with code {code} and left no verdict: see the error above", file=sys.stderr)
+        return code or 1
+    if verdict.reason == "stopped":
+        return 128 + (asked[0] if asked else signal.SIGTERM)
+    if verdict.reason == "completed":
+        print(summary(config), flush=True)
+        return 0
+    return 2 if verdict.reason == "refused" else 1
+
+
+def _forward_signals(process: subprocess.Popen, stop_file: Path) -> list[int]:
+    """The first signal asks the ranks to stop after saving; a second one ends them now. Returns what was received."""
+    asked: list[int] = []
+
+    def handle(number: int, _frame: object) -> None:
+        asked.append(number)
+        if len(asked) == 1:
+            stop_file.write_text(signal.Signals(number).name)
+            os.write(2, b"\nstopping: the last completed step is being saved (once more to stop without saving)\n")
+        else:
+            os.killpg(process.pid, signal.SIGTERM)
+
+    for number in SIGNALS:
+        signal.signal(number, handle)
+    return asked
+
+
+def _relay(process: subprocess.Popen) -> None:
+    """Pass on what the ranks say on stderr, but not torchrun's own account of a failure the ranks explained."""
+    assert process.stderr is not None
+    held = ""
+    for line in process.stderr:
+        if held and "<frozen runpy>" in line:
+            break  # torchrun's traceback; a rank's begins in train.py
+        if line.startswith("Traceback"):
+            held = line
+        elif not any(part in line for part in _NOISE):
+            sys.stderr.write(held + line)
+            sys.stderr.flush()
+            held = ""
+    for _ in process.stderr:  # the rest of torchrun's table
+        pass
+
+
+_NOISE = ("torch/distributed/run.py", "torch/distributed/elastic", "Setting OMP_NUM_THREADS", "*****")
+
+
+def summary(config: RunConfig) -> str:
+    """Before and after, the loss curve, and where to look next."""
+    run_dir = Path(config.run_dir)
+    records = read_lines(run_dir / "metrics.jsonl")
+    measured = [line for line in records if "validation_loss" in line]
+    lines = [loss_curve(records), ""]
+    if len(measured) > 1:
+        lines.append(f"{'':24}{'before':>12}{'after':>12}")
+        for name in ("validation_loss", "validation_perplexity", "validation_accuracy", "validation_f1"):
+            if name in measured[0] and name in measured[-1]:
+                shown = name.removeprefix("validation_").replace("f1", "F1")
+                lines.append(f"held-out {shown:15}{measured[0][name]:>12.4f}{measured[-1][name]:>12.4f}")
+    lines += [
+        "",
+        f"TensorBoard:  tensorboard --logdir {run_dir / 'tensorboard'}",
+        "next:",
+        f"  sft-dist export {run_dir} {run_dir / 'export'}",
+        f"  sft-dist eval {run_dir}",
+        f'  sft-dist chat {run_dir} --prompt "…"',
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,202 @@
+"""The parts of a training run, each built from its plan; imported only once the plan has been checked."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+import yaml
+
+from sft_dist.attention import prove_isolation as _prove
+from sft_dist.checkpoint import Checkpoints, TrainState
+from sft_dist.comms import Comms
+from sft_dist.config import zero_stage
+from sft_dist.data.build import read_conversations
+from sft_dist.data.loader import Loader
+from sft_dist.data.template import template_from
+from sft_dist.data.tokenise import Tokenizer
+from sft_dist.engine import Engine
+from sft_dist.evaluate import Evaluator, LabelTask, Sampling, open_shards, prompts
+from sft_dist.metrics import Console, JsonLines, Metrics, TensorBoard
+from sft_dist.model import build, has_dropout, model_config
+from sft_dist.schedule import learning_rate
+from sft_dist.trainer import Cadence
+
+if TYPE_CHECKING:
+    from launch.train import Plan
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed calls what torch renames
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+def model(plan: Plan) -> tuple[Any, Any]:
+    """The model on the CPU and its configuration; the same on every rank."""
+    manifest, config = plan.shards.manifest, plan.config
+    made = model_config(
+        config.model, vocab_size=manifest.vocab_size, seq_len=plan.shards.seq_len, eos_id=manifest.eos_id
+    )
+    built = build(
+        config.model, made, seed=config.train.seed, gradient_checkpointing=config.train.gradient_checkpointing
+    )
+    return built, made
+
+
+def identity(plan: Plan, made: Any) -> dict[str, Any]:
+    """What must stay the same for a run to be the same run."""
+    about = {k: v for k, v in made.to_dict().items() if k not in ("transformers_version", "_name_or_path", "dtype")}
+    digest = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=16)
+    manifest = plan.shards.manifest
+    return {
+        "model": digest.hexdigest(),
+        "data": manifest.data,
+        "tokenizer": manifest.tokenizer,
+        "template": manifest.template,
+        "global_batch_rows": plan.batch.global_batch_rows,
+        "seed": plan.config.train.seed,
+    }
+
+
+def comms(plan: Plan) -> tuple[Comms, torch.device]:
+    """The process group, on this rank's GPU where there are GPUs."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", plan.topology.local_rank)
+        torch.cuda.set_device(device)
+    # DeepSpeed reads the world from the environment, and would look for MPI where there is none.
+    for name in ("RANK", "LOCAL_RANK"):
+        os.environ.setdefault(name, "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
+    return Comms(plan.topology, device), device
+
+
+def checkpoints(plan: Plan, identity: dict[str, Any]) -> Checkpoints:
+    """The checkpoints of the run; each carries what an export needs."""
+    attachments = {
+        "run.yaml": plan.run_dir / "run.yaml",
+        "model": plan.run_dir / "model",
+        "tokenizer": plan.shards_dir / "tokenizer",
+    }
+    return Checkpoints(
+        plan.run_dir / "checkpoints",
+        identity=identity,
+        attachments=attachments,
+        keep_last=plan.config.checkpoint.keep_last,
+        stage=zero_stage(plan.zero),
+    )
+
+
+def write_run_files(plan: Plan, made: Any) -> None:
+    """`run.yaml` as resolved, and the model's configuration."""
+    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(plan.config.model_dump(by_alias=True), sort_keys=False, allow_unicode=True)
+    (plan.run_dir / "run.yaml").write_text(text)
+    shutil.rmtree(plan.run_dir / "model", ignore_errors=True)
+    made.save_pretrained(plan.run_dir / "model")
+
+
+def engine(plan: Plan, model: Any, device: torch.device) -> Engine:
+    """The model under ZeRO."""
+    return Engine(model, plan.zero, plan.config.train, plan.batch, plan.topology, device)
+
+
+def prove_isolation(plan: Plan, engine: Engine, made: Any) -> float:
+    """Packed documents cannot see each other, on this model, kernel, precision and device; or ModelError."""
+    return _prove(
+        engine.logits,
+        plan.shards.manifest.vocab_size,
+        is_16_bit=plan.config.train.precision == "bf16",
+        kernel=getattr(made, "_attn_implementation", None) or "default",
+    )
+
+
+def resume(plan: Plan, checkpoints: Checkpoints, engine: Engine) -> tuple[TrainState, str]:
+    """The state to go on from, and a line that says so."""
+    path = checkpoints.newest()
+    if path is None:
+        return TrainState(), "starting at step 0"
+    state = checkpoints.restore(path, engine.fragments())
+    engine.restored(state.adam_step)
+    line = f"resuming from step {state.step} of {plan.steps} ({path})"
+    before = yaml.safe_load((path / "run.yaml").read_text())["train"]["micro_batch_rows"]
+    now = plan.config.train.micro_batch_rows
+    if before != now and has_dropout(engine.deepspeed.module.config):
+        line += (
+            f"\nwarning: micro_batch_rows changed from {before} to {now} with dropout on: the dropout draws differ from "
+            "those of an uninterrupted run"
+        )
+    return state, line
+
+
+def loader(plan: Plan) -> Loader:
+    """The stream of training rows as this rank sees it."""
+    return Loader(
+        plan.shards, plan.topology, seed=plan.config.train.seed, micro_batch_rows=plan.config.train.micro_batch_rows
+    )
+
+
+def schedule(plan: Plan) -> Callable[[int], float]:
+    """Step -> learning rate."""
+    train = plan.config.train
+    return functools.partial(
+        learning_rate,
+        total_steps=plan.steps,
+        peak=train.learning_rate,
+        schedule=train.schedule,
+        warmup_ratio=train.warmup_ratio,
+    )
+
+
+def evaluator(plan: Plan, comms: Comms) -> Evaluator:
+    """What is measured on the held-out data."""
+    tokenizer = Tokenizer.load(str(plan.shards_dir / "tokenizer"))
+    shards = open_shards(plan.shards_dir, "validation")
+    micro = plan.config.train.micro_batch_rows
+    validation = Loader(shards, plan.topology, seed=0, micro_batch_rows=micro, shuffle=False) if shards else None
+    records = read_conversations(plan.shards_dir / "validation.jsonl")
+    evaluate = plan.config.evaluate
+    sampling = Sampling(
+        prompts(records, template_from(plan.config.prepare.template), tokenizer, evaluate.samples),
+        decode=tokenizer.decode,
+        eos_id=tokenizer.eos_id,
+        context=plan.shards.seq_len,
+        max_new_tokens=evaluate.max_new_tokens,
+    )
+    return Evaluator(comms, validation, LabelTask.open(plan.shards_dir / "labels"), sampling)
+
+
+def metrics(plan: Plan, state: TrainState) -> tuple[Metrics, Callable[[str], None]]:
+    """Where numbers go on this rank, and a way to say a line; silent on all ranks but the main one."""
+    if not plan.topology.is_main:
+        logging.getLogger("sft_dist").setLevel(logging.CRITICAL)
+        return Metrics(), lambda text: None
+    console = Console(plan.steps, state.step, sys.stdout)
+    sinks = (
+        JsonLines(plan.run_dir / "metrics.jsonl", state.step),
+        TensorBoard(plan.run_dir / "tensorboard", state.step),
+        console,
+    )
+    return Metrics(sinks), console.say
+
+
+def cadence(plan: Plan) -> Cadence:
+    """Every how many steps something happens."""
+    config = plan.config
+    return Cadence(plan.steps, config.train.log_every_steps, config.evaluate.every_steps, config.checkpoint.every_steps)
+
+
+def count(model: Any) -> int:
+    """Parameters of a model before ZeRO shards it."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())

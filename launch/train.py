@@ -1,0 +1,221 @@
+"""One rank of a training run: what torchrun, deepspeed or srun starts.
+
+torchrun --nproc_per_node=8 launch/train.py RUN.yaml [KEY=VALUE...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # started by path from a clone
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sft_dist.data.shards import Shards
+
+from sft_dist.config import Batch, RunConfig, derive_batch, load, num_steps, total_rows, zero_config, zero_stage
+from sft_dist.errors import ConfigError, SftDistError
+from sft_dist.limits import StopRequest, Verdict
+from sft_dist.topology import Life, Topology
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, build the parts, train, leave a verdict; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_file", metavar="RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--fresh", action="store_true", help="start over; the old run is set aside, not deleted")
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # the deepspeed launcher passes it; the environment has it too
+    options = parser.parse_intermixed_args(arguments)
+
+    life = Life.from_environment()
+    stop = StopRequest(life.stop_file)
+    stop.install()  # before torch is imported: a signal during start-up must not kill
+    topology, config = Topology(), None
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        topology = Topology.from_environment()
+        config = load(options.run_file, options.overrides)
+        return _run(Plan.of(config, topology, life, fresh=options.fresh), stop)
+    except SftDistError as error:
+        if topology.is_main:
+            print(f"sft-dist: {error}", file=sys.stderr, flush=True)
+            if config is not None:
+                reason = "diverged" if type(error).__name__ == "DivergedError" else "refused"
+                Verdict(life.name, reason, -1, str(error)).write(Path(config.run_dir) / "verdicts")
+        return error.exit_code
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will do, settled and checked before any process group starts."""
+
+    config: RunConfig
+    topology: Topology
+    life: Life
+    is_fresh: bool
+    run_dir: Path
+    shards_dir: Path
+    shards: Shards
+    zero: dict[str, Any]
+    batch: Batch
+    rows: int
+
+    @classmethod
+    def of(cls, config: RunConfig, topology: Topology, life: Life, *, fresh: bool) -> Plan:
+        """Open the shards and do the arithmetic; raises ConfigError or DataError."""
+        run_dir, shards_dir = Path(config.run_dir), Path(config.prepare.out)
+        shards = Shards.open(shards_dir / "train")
+        saved = {} if fresh else _saved_identity(run_dir / "checkpoints")
+        batch = derive_batch(
+            config.train, topology.world_size, shards.manifest.documents_per_row, saved.get("global_batch_rows")
+        )
+        rows = total_rows(config.train, batch, shards.num_rows)
+        return cls(config, topology, life, fresh, run_dir, shards_dir, shards, zero_config(config.zero), batch, rows)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return num_steps(self.rows, self.batch)
+
+    def describe(self) -> str:
+        """The derived numbers, for a person; with a warning where they make little sense."""
+        per_row = self.shards.manifest.documents_per_row
+        an_epoch = num_steps(self.shards.num_rows, self.batch)
+        batch = self.batch
+        lines = [
+            f"rows: {self.shards.num_rows:,} of {self.shards.seq_len:,} tokens, {per_row:.1f} samples a row",
+            f"step: {batch.global_batch_rows:,} rows = {batch.samples(per_row):,.0f} samples = {batch.micro_batch_rows} a "
+            f"micro-batch x {batch.accumulation_steps} accumulated x {batch.world_size} processes",
+            f"run: {self.steps:,} steps, {an_epoch:,} an epoch, ZeRO stage {zero_stage(self.zero)}, "
+            f"{self.config.train.precision}, learning rate {self.config.train.learning_rate:g}",
+        ]
+        if an_epoch < 20:
+            lines.append(
+                f"warning: a step of {batch.global_batch_rows:,} rows leaves only {an_epoch} steps an epoch "
+                f"({self.steps} in all): few for the optimizer to move. A smaller train.global_batch_rows gives more"
+            )
+        return "\n".join(lines)
+
+
+def _saved_identity(folder: Path) -> dict[str, Any]:
+    """What the newest checkpoint says it belongs to; empty when there is none to read."""
+    for path in sorted(folder.glob("step-*/manifest.json"), reverse=True):
+        try:
+            return json.loads(path.read_text())["identity"]
+        except (OSError, ValueError, KeyError):
+            continue
+    return {}
+
+
+def _run(plan: Plan, stop: StopRequest) -> int:
+    """Build the parts of a run and train."""
+    from launch import parts
+    from sft_dist.trainer import train
+
+    model, made = parts.model(plan)
+    identity = parts.identity(plan, made)
+    checkpoints = parts.checkpoints(plan, identity)
+    if not plan.is_fresh:
+        checkpoints.check()
+
+    comms, device = parts.comms(plan)
+    checkpoints.comms = comms
+    lock = _lock(plan) if plan.topology.is_main else None
+    refusal = comms.broadcast(lock if isinstance(lock, str) else None)
+    if refusal:
+        raise ConfigError(refusal)
+    if plan.topology.is_main:
+        if plan.is_fresh:
+            set_aside(plan.run_dir)
+        parts.write_run_files(plan, made)
+    comms.barrier()
+
+    engine = parts.engine(plan, model, device)
+    moved = parts.prove_isolation(plan, engine, made)
+    state, resumed_from = parts.resume(plan, checkpoints, engine)
+    metrics, say = parts.metrics(plan, state)
+    say(
+        f"{plan.describe()}\nmodel: {parts.count(model):,} parameters; packed documents kept apart (logits move {moved:.0e})"
+    )
+    say(resumed_from)
+
+    reason, state = train(
+        steps=parts.loader(plan).steps(
+            start=state.rows_consumed, end=plan.rows, global_batch_rows=plan.batch.global_batch_rows
+        ),
+        engine=engine,
+        comms=comms,
+        state=state,
+        learning_rate=parts.schedule(plan),
+        evaluator=parts.evaluator(plan, comms),
+        checkpoints=checkpoints,
+        metrics=metrics,
+        stop=stop,
+        cadence=parts.cadence(plan),
+    )
+    metrics.close()
+    causes = [cause for cause in comms.gather(stop.cause) if cause]
+    if plan.topology.is_main:
+        detail = (
+            f"asked to stop by {causes[0]}" if causes and reason == "stopped" else f"{state.step} of {plan.steps} steps"
+        )
+        Verdict(plan.life.name, reason, state.step, detail).write(plan.run_dir / "verdicts")
+        print(_last_word(plan, reason, state.step, detail), flush=True)
+    comms.barrier()
+    comms.close()
+    return 0
+
+
+def _last_word(plan: Plan, reason: str, step: int, detail: str) -> str:
+    if reason == "completed":
+        return f"completed: {step} of {plan.steps} steps, in {plan.run_dir}"
+    kept = f"step {step} is saved" if step else "no step was done"
+    return f"stopped after step {step} of {plan.steps} ({detail}); {kept}. The same command goes on from there"
+
+
+def _lock(plan: Plan) -> Any:
+    """Hold the run folder for as long as this process lives (a kill releases it); the text of a refusal otherwise."""
+    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    file = (plan.run_dir / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return f"run_dir: {plan.run_dir} is in use by another run; wait for it, stop it, or choose another run_dir"
+    return file
+
+
+# What a run writes, beside its shards.
+_RUN_FILES = ("run.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "verdicts", "model", "export")
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Move what an earlier run left in `run_dir` to `run_dir/previous-N`; None when there was nothing."""
+    found = [run_dir / name for name in _RUN_FILES if (run_dir / name).exists()]
+    if not found:
+        return None
+    number = 1
+    while (aside := run_dir / f"previous-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in found:
+        shutil.move(path, aside / path.name)
+    return aside
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # skips the destructors of process groups, which can hang when a peer is gone

@@ -1,0 +1,76 @@
+"""How the ranks talk and agree; the only place, beside `checkpoint`, that knows `torch.distributed`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sft_dist.topology import Topology
+
+
+class Comms:
+    """The process group of a run, and a second one on the CPU for the small control messages.
+
+    A world of one is a proper world: DeepSpeed and DCP then need no special case.
+
+    >>> comms = Comms(Topology(), device=torch.device("cpu"))  # doctest: +SKIP
+    >>> comms.sum([3, 0])  # doctest: +SKIP
+    [3, 0]
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        device: torch.device,
+        *,
+        init_method: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        self.topology, self.device = topology, device
+        rendezvous = {"init_method": init_method or "env://"}
+        if topology.world_size == 1 and init_method is None:
+            rendezvous = {"store": dist.HashStore()}
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, rank=topology.rank, world_size=topology.world_size, timeout=timeout, **rendezvous
+        )
+        self.control = dist.new_group(backend="gloo", timeout=timeout)
+
+    def sum(self, numbers: Sequence[int]) -> list[int]:
+        """Sum over the ranks of each whole number, exact, through host memory (no GPU is synchronised)."""
+        tensor = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(tensor, group=self.control)
+        return tensor.tolist()
+
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks of a host tensor, in place."""
+        dist.all_reduce(tensor, group=self.control)
+        return tensor
+
+    def agree(self, is_wanted: bool) -> bool:
+        """Whether any rank wants it: a wish becomes an act only after all ranks know of it."""
+        return self.sum([int(is_wanted)])[0] > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank."""
+        values: list[Any] = [None] * self.topology.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """The main rank's value, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        dist.barrier(group=self.control)
+
+    def close(self) -> None:
+        """Take the process groups down."""
+        dist.destroy_process_group()

@@ -1,0 +1,450 @@
+"""One YAML file describes a run: its schema, its checks and the numbers derived from it.
+
+Everything is checked before any process starts. An error names the file, the key, the value, the rule and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from sft_dist.errors import ConfigError
+
+
+def _float_from_text(value: Any) -> Any:
+    """YAML 1.1 reads `1e-5` (no dot) as text; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Float = Annotated[float, BeforeValidator(_float_from_text)]
+Column = str | int
+
+
+class Section(BaseModel):
+    """A part of the run file: frozen, typed, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class SourceConfig(Section):
+    """One file (or glob, or folder) of raw records, and how to read it."""
+
+    path: str
+    """A file, a glob or a folder; relative to the current directory."""
+    schema_: Literal["label", "prompt_response", "messages", "alpaca", "self_instruct", "text"] = Field(alias="schema")
+    """How a record becomes a conversation."""
+    format: Literal["jsonl", "json", "csv", "tsv", "txt"] | None = None
+    """Default: from the file's suffix."""
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    """Column separator; a tab means that quotes are ordinary characters. Implies csv or tsv."""
+    text: Column = "text"
+    """Column of the text (label and text schemas): a name, or a 0-based number in a file without a header."""
+    label: Column = "label"
+    """Column of the class name."""
+    prompt: Column = "prompt"
+    response: Column = "response"
+    messages: Column = "messages"
+
+
+class SentencePieceTraining(Section):
+    """How `prepare` trains a sentencepiece tokenizer on the training split."""
+
+    vocab_size: int = Field(default=8000, ge=300)
+    """Pieces, control tokens and the 256 byte pieces included."""
+    byte_fallback: bool = True
+    """Spell unknown characters as bytes, so that no text is lost."""
+
+
+class TrainedTokenizer(Section):
+    """A tokenizer to be trained, instead of one to be loaded."""
+
+    sentencepiece: SentencePieceTraining
+
+
+class PrepareConfig(Section):
+    """Raw records → shards."""
+
+    sources: list[SourceConfig] = Field(min_length=1)
+    validation_sources: list[SourceConfig] = []
+    """Files that are validation as a whole; with them `validation_fraction` is usually 0."""
+    template: str = "plain"
+    """`plain`, `alpaca`, `chat`, or a text with `{text}` that the prompt is set into (label tasks)."""
+    tokenizer: str | TrainedTokenizer | None = None
+    """A Hugging Face id or folder, a sentencepiece `.model`, or `{sentencepiece: {…}}` to train one; default: the model's own."""
+    seq_len: int = Field(default=1024, ge=8)
+    """Tokens of a row."""
+    long_documents: Literal["drop", "error"] = "drop"
+    """A conversation of more than `seq_len` tokens: counted and dropped, or an error. Plain text is split and loses nothing."""
+    validation_fraction: Float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the records held out, chosen by a hash of the prompt."""
+    max_reject_fraction: Float = Field(default=0.01, ge=0.0, le=1.0)
+    """Above this share of unreadable records `prepare` stops."""
+    deduplicate: bool = True
+    """Drop exact repeats of prompt and response (before the split, or the score is a lie)."""
+    rows_per_shard: int = Field(default=65_536, ge=1)
+    """Rows of one shard file."""
+    seed: int = Field(default=0, ge=0)
+    out: str
+    """Folder of the shards."""
+
+
+class ModelConfig(Section):
+    """The model: pre-trained, or from scratch."""
+
+    name_or_path: str | None = None
+    """A Hugging Face id or folder with safetensors weights."""
+    config: dict[str, Any] | None = None
+    """A transformers configuration (with `model_type`) to build from scratch."""
+    init: Literal["scratch", "pretrained"] | None = None
+    """Default: `pretrained` with `name_or_path`, `scratch` with `config`."""
+    dropout: Float | None = Field(default=None, ge=0.0, lt=1.0)
+    """Sets every dropout of the model; default: 0 from scratch, what its config says when pre-trained."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        if (self.name_or_path is None) == (self.config is None):
+            raise ValueError("exactly one of name_or_path and config is needed; remove one, or add one")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError('config needs a model_type; add for example "model_type: gpt2"')
+        if self.init == "pretrained" and self.name_or_path is None:
+            raise ValueError("init: pretrained needs name_or_path; name a model, or say init: scratch")
+        return self
+
+    @property
+    def is_scratch(self) -> bool:
+        """Whether the weights start random."""
+        return self.init == "scratch" or (self.init is None and self.name_or_path is None)
+
+
+class TrainConfig(Section):
+    """Shards → optimizer steps."""
+
+    global_batch_rows: int | None = Field(default=None, ge=1)
+    """Rows of one optimizer step over all ranks (this, or `global_batch_samples`)."""
+    global_batch_samples: int | None = Field(default=None, ge=1)
+    """Documents of one optimizer step, on average; turned into rows by the shards' documents per row."""
+    micro_batch_rows: int = Field(default=1, ge=1)
+    """Rows of one forward pass on one rank."""
+    epochs: Float | None = Field(default=None, gt=0)
+    """Passes over the rows (this, or `max_steps`); fractions are allowed."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; with `epochs` too, whichever ends first."""
+    learning_rate: Float = Field(default=2e-5, gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """What the learning rate does after the warm-up; linear and cosine end at 0."""
+    warmup_ratio: Float = Field(default=0.03, ge=0.0, lt=1.0)
+    """Share of the steps over which the learning rate rises from 0."""
+    weight_decay: Float = Field(default=0.0, ge=0.0)
+    """AdamW's decay, for matrices only (not biases, norms)."""
+    beta1: Float = Field(default=0.9, ge=0.0, lt=1.0)
+    beta2: Float = Field(default=0.999, ge=0.0, lt=1.0)
+    epsilon: Float = Field(default=1e-8, gt=0)
+    max_grad_norm: Float | None = Field(default=1.0, gt=0)
+    """Clip the global gradient norm to this; null: no clipping."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Compute precision; masters, accumulation and reduction are fp32 always."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    seed: int = Field(default=0, ge=0)
+    log_every_steps: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> TrainConfig:
+        if (self.global_batch_rows is None) == (self.global_batch_samples is None):
+            raise ValueError("exactly one of global_batch_rows and global_batch_samples is needed; add or remove one")
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("one of epochs and max_steps is needed; add for example epochs: 3")
+        return self
+
+
+class EvaluateConfig(Section):
+    """What is measured during the run; always at step 0 and at the end as well."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Validation loss every so many steps; null: only at step 0 and at the end."""
+    samples: int = Field(default=4, ge=0)
+    """Validation prompts answered before and after."""
+    max_new_tokens: int = Field(default=48, ge=1)
+    """Length limit of a sample answer."""
+
+
+class CheckpointConfig(Section):
+    """When the state of the run is saved, and how much of it is kept."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """null: only at the end, and when the run is asked to stop."""
+    keep_last: int = Field(default=2, ge=1)
+    """Older complete checkpoints are removed."""
+
+
+class RunConfig(Section):
+    """A run file."""
+
+    run_dir: str
+    """Everything of the run: run.yaml, metrics.jsonl, tensorboard/, checkpoints/, verdicts/."""
+    prepare: PrepareConfig
+    model: ModelConfig
+    train: TrainConfig
+    zero: str = "ds_configs/zero2.json"
+    """A DeepSpeed file with only what DeepSpeed owns: stage, offload, buckets, overlap."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a run file with dotted overrides (`train.learning_rate=1e-5`).
+
+    Raises ConfigError with one line a mistake: file, key, value, rule and remedy.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such run file; name an existing one, such as {_EXAMPLE}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); name a YAML run file such as {_EXAMPLE}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}. Mend that line") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a run file is a mapping of keys, this is {type(values).__name__}; see {_EXAMPLE}")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{path}: {_explain(problem)}" for problem in _told_once(error.errors())]
+        raise ConfigError("\n".join(lines)) from None
+    if zero_stage(zero_config(config.zero)) == 0 and config.train.precision == "bf16":
+        raise ConfigError(
+            f"{path}: train.precision: 'bf16' is not allowed at ZeRO stage 0 ({config.zero}): DeepSpeed's optimizer takes a "
+            "wrong first step there. Use ds_configs/zero1.json, or train.precision=fp32"
+        )
+    return config
+
+
+_EXAMPLE = "examples/sms-spam/run.yaml"
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one dotted key in place; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: not of the form key=value; write for example train.epochs=3")
+    *parents, last = key.split(".")
+    place: Any = values
+    for parent in parents:
+        place = place.setdefault(parent, {}) if isinstance(place, dict) else place
+        if not isinstance(place, dict):
+            raise ConfigError(f"override {override!r}: {parent} is not a section with keys; check the dots")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not YAML; quote it, as in '{key}=\"…\"'") from None
+
+
+def _explain(problem: Any) -> str:
+    """One pydantic problem as key, value, rule and remedy."""
+    where = [str(part) for part in problem["loc"] if not _is_branch(part)]
+    key, kind, value = ".".join(where) or "run file", problem["type"], problem["input"]
+    known = _keys_at(RunConfig, problem["loc"][:-1])
+    if kind == "extra_forbidden":
+        close = difflib.get_close_matches(where[-1], known, n=1)
+        remedy = f"did you mean {'.'.join([*where[:-1], close[0]])}?" if close else f"keys here: {', '.join(known)}"
+        return f"{key}: unknown key (value {value!r}); {remedy}"
+    if kind == "missing":
+        return f"{key}: missing, and it has no default; add it"
+    rule = problem["msg"].removeprefix("Value error, ")
+    rule = rule[:1].lower() + rule[1:]
+    if kind == "value_error":
+        return f"{key}: {rule}"
+    if kind == "literal_error":
+        close = difflib.get_close_matches(str(value), re.findall(r"'([^']+)'", rule), n=1)
+        return f"{key}: {value!r} is not allowed: {rule}" + (
+            f"; did you mean {close[0]}?" if close else "; use one of these"
+        )
+    return f"{key}: {value!r} is not allowed: {rule}; correct the value"
+
+
+def _told_once(problems: Sequence[Any]) -> list[Any]:
+    """Of a union that fails, only the branch that came furthest: the one the person meant."""
+    furthest: dict[tuple, Any] = {}
+    for problem in problems:
+        branches = [place for place, part in enumerate(problem["loc"]) if _is_branch(part)]
+        key = problem["loc"][: branches[0]] if branches else problem["loc"]
+        if key not in furthest or len(problem["loc"]) > len(furthest[key]["loc"]):
+            furthest[key] = problem
+    return list(furthest.values())
+
+
+def _is_branch(part: Any) -> bool:
+    """Pydantic names the branch of a union in the location; a person never wrote it."""
+    return part in ("str", "TrainedTokenizer", "int") or (isinstance(part, str) and part.startswith("function-"))
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """The keys a section of the run file may have."""
+    for part in location:
+        field = model.model_fields.get(part) if isinstance(part, str) else None
+        if field is not None:
+            model = next((m for m in _sections(field.annotation)), model)
+    return sorted(field.alias or name for name, field in model.model_fields.items())
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections(argument)
+
+
+# What the run file owns: in a DeepSpeed file these would be a second, silent opinion.
+_OWNED_BY_RUN_FILE = {
+    "train_batch_size": "train.global_batch_rows",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_rows",
+    "gradient_accumulation_steps": "train.global_batch_rows",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.learning_rate and its neighbours",
+    "scheduler": "train.schedule",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "data_types": "train.precision",
+    "communication_data_type": "train.precision",
+}
+_DEEPSPEED_KEYS = {
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "comms_logger",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+}
+
+
+def zero_config(name: str) -> dict[str, Any]:
+    """Read a DeepSpeed file: a path, or `ds_configs/…` of the installed package.
+
+    Raises ConfigError for a missing or broken file, a key that the run file owns, "auto", or an unknown key (DeepSpeed
+    would ignore those).
+    """
+    path = _zero_path(name)
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}; mend that line") from None
+    if not isinstance(values, dict) or not isinstance(values.get("zero_optimization", {}), dict):
+        raise ConfigError(f"{path}: zero_optimization must be a mapping, as in ds_configs/zero2.json")
+    for key in values:
+        if key in _OWNED_BY_RUN_FILE:
+            raise ConfigError(f"{path}: {key} is owned by the run file; remove it and set {_OWNED_BY_RUN_FILE[key]}")
+        if key not in _DEEPSPEED_KEYS:
+            close = difflib.get_close_matches(key, _DEEPSPEED_KEYS, n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"keys here: {', '.join(sorted(_DEEPSPEED_KEYS))}"
+            raise ConfigError(f"{path}: unknown key {key}; DeepSpeed would ignore it silently; {remedy}")
+    section = values.get("zero_optimization", {})
+    autos = [key for key, value in section.items() if value == "auto"]
+    if autos:
+        raise ConfigError(f'{path}: zero_optimization.{autos[0]}: "auto" means nothing here; write a number')
+    if section.get("stage", 0) not in (0, 1, 2, 3):
+        raise ConfigError(
+            f"{path}: zero_optimization.stage: {section['stage']!r} is not one of 0, 1, 2, 3; use one of these"
+        )
+    return values
+
+
+def zero_stage(zero: Mapping[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed configuration (0 when it names none)."""
+    return zero.get("zero_optimization", {}).get("stage", 0)
+
+
+def _zero_path(name: str) -> Path:
+    package = Path(__file__).parent
+    shipped = [folder / "ds_configs" for folder in (package, package.parent)]
+    candidates = [Path(name)] + [folder / Path(name).name for folder in shipped if name.startswith("ds_configs/")]
+    for path in candidates:
+        if path.is_file():
+            return path
+    names = sorted(path.name for folder in shipped for path in folder.glob("*.json"))
+    close = difflib.get_close_matches(Path(name).name, names, n=1)
+    hint = f"did you mean ds_configs/{close[0]}?" if close else f"shipped: {', '.join(names)}"
+    raise ConfigError(f"zero: {name!r}: no such DeepSpeed file; {hint}")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The arithmetic of one optimizer step, derived once from the run file and the world size."""
+
+    global_batch_rows: int
+    micro_batch_rows: int
+    accumulation_steps: int
+    world_size: int
+
+    def samples(self, documents_per_row: float) -> float:
+        """Documents of a step, on average."""
+        return self.global_batch_rows * documents_per_row
+
+
+def derive_batch(
+    config: TrainConfig, world_size: int, documents_per_row: float, resumed_rows: int | None = None
+) -> Batch:
+    """micro-batch x accumulation x ranks = global batch, or a ConfigError that names the nearest batch that divides.
+
+    A batch in samples becomes the nearest dividing number of rows; a resumed run keeps the number it started with.
+
+    >>> train = TrainConfig(global_batch_rows=8, micro_batch_rows=2, epochs=1)
+    >>> derive_batch(train, world_size=2, documents_per_row=5.0).accumulation_steps
+    2
+    >>> train = TrainConfig(global_batch_samples=3840, micro_batch_rows=4, epochs=1)
+    >>> derive_batch(train, world_size=8, documents_per_row=10.0).global_batch_rows
+    384
+    """
+    unit = config.micro_batch_rows * world_size
+    if config.global_batch_samples is not None and resumed_rows is not None:
+        rows = resumed_rows
+    elif config.global_batch_samples is not None:
+        rows = max(1, round(config.global_batch_samples / documents_per_row / unit)) * unit
+    else:
+        rows = config.global_batch_rows or 0
+    if rows % unit:
+        nearest = sorted({max(unit, rows // unit * unit), (rows // unit + 1) * unit})
+        raise ConfigError(
+            f"train.global_batch_rows: {rows} is not a multiple of micro_batch_rows {config.micro_batch_rows} x "
+            f"{world_size} processes = {unit}. Use {' or '.join(map(str, nearest))}, or another micro_batch_rows"
+        )
+    return Batch(rows, config.micro_batch_rows, rows // unit, world_size)
+
+
+def total_rows(config: TrainConfig, batch: Batch, num_rows: int) -> int:
+    """Rows that the whole run feeds: one continuous stream over the epochs, cut by `max_steps`.
+
+    >>> train = TrainConfig(global_batch_rows=8, epochs=2.5)
+    >>> total_rows(train, derive_batch(train, 1, 1.0), num_rows=100)
+    250
+    """
+    limits = []
+    if config.epochs is not None:
+        limits.append(max(1, round(config.epochs * num_rows)))
+    if config.max_steps is not None:
+        limits.append(config.max_steps * batch.global_batch_rows)
+    return min(limits)
+
+
+def num_steps(rows: int, batch: Batch) -> int:
+    """Optimizer steps that `rows` rows take; only the last one can be short.
+
+    >>> num_steps(250, Batch(8, 8, 1, 1))
+    32
+    """
+    return math.ceil(rows / batch.global_batch_rows)

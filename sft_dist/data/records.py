@@ -1,0 +1,84 @@
+"""What a record is, once it has been read: the values every stage of `prepare` passes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation; `is_target` says that its text is to be learned.
+
+    >>> Turn("assistant", "ham", is_target=True).content
+    'ham'
+    """
+
+    role: str  # "system" | "user" | "assistant" | "text"
+    content: str
+    is_target: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A record in its one common form; plain text is a single target turn of role "text".
+
+    `where` is `file:line` (1-based) of the record, so that anything said about it can be looked up.
+    `label` is the class name of a label task's record, None elsewhere.
+
+    >>> spam = Conversation((Turn("user", "WIN!!"), Turn("assistant", "spam", True)), "sms.tsv:3", label="spam")
+    >>> spam.prompt
+    (Turn(role='user', content='WIN!!', is_target=False),)
+    """
+
+    turns: tuple[Turn, ...]
+    where: str
+    label: str | None = None
+
+    @property
+    def prompt(self) -> tuple[Turn, ...]:
+        """The turns before the last one: what a model is shown at inference (empty for plain text)."""
+        return self.turns[:-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A record that is not trained on: why (a short fixed word), which, and the detail a person needs.
+
+    >>> Drop("empty_response", "sms.tsv:3", "the response is empty").reason
+    'empty_response'
+    """
+
+    reason: str
+    where: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A piece of rendered text; a control span is one token of the tokenizer, named by its text.
+
+    >>> Span("<|endoftext|>", is_target=True, is_control=True).is_control
+    True
+    """
+
+    text: str
+    is_target: bool
+    is_control: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A tokenised record: `ids[i]` carries loss when `targets[i]`; the first token never does.
+
+    >>> Document([5, 6, 7], [False, False, True], "sms.tsv:3").num_targets
+    1
+    """
+
+    ids: list[int]
+    targets: list[bool]
+    where: str
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that carry loss."""
+        return sum(self.targets)

@@ -1,0 +1,33 @@
+"""What can go wrong in a way a person can mend: each error names the value, the rule and the remedy."""
+
+from __future__ import annotations
+
+
+class SftDistError(Exception):
+    """Base of the errors whose text is written for the user; `exit_code` is what the program ends with."""
+
+    exit_code = 1
+
+
+class ConfigError(SftDistError):
+    """The run file, an override or a DeepSpeed file is wrong; always raised before a process group starts."""
+
+    exit_code = 2
+
+
+class DataError(SftDistError):
+    """Records, shards or a tokenizer cannot be used as they are."""
+
+    exit_code = 2
+
+
+class ModelError(SftDistError):
+    """The model cannot be loaded, or does not keep packed documents apart."""
+
+    exit_code = 2
+
+
+class CheckpointError(SftDistError):
+    """A checkpoint is damaged, belongs to another run, or cannot be written."""
+
+    exit_code = 3

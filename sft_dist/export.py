@@ -1,0 +1,96 @@
+"""A checkpoint as an ordinary Hugging Face folder, compared with what it was made from before it is called done."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from sft_dist.checkpoint import newest_complete, read_masters, read_state
+from sft_dist.config import RunConfig, load
+from sft_dist.errors import CheckpointError, ConfigError
+
+ABOUT = "sft_dist.json"  # in an export: which run, step and shards it is from
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What the newest whole checkpoint of a run holds, as a plain model."""
+
+    model: PreTrainedModel
+    config: RunConfig
+    tokenizer: Path
+    step: int
+
+
+def read_run(run_dir: Path, dtype: torch.dtype | None = None) -> Trained:
+    """The plain, unsharded model of a run's newest whole checkpoint; default dtype: what the run computed in.
+
+    Raises CheckpointError when the run has no whole checkpoint.
+    """
+    path = newest_complete(run_dir / "checkpoints")
+    if path is None:
+        raise CheckpointError(f"{run_dir}: no checkpoint there yet; train first, or name another run folder")
+    config = load(path / "run.yaml")
+    made = AutoConfig.from_pretrained(path / "model")
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation="sdpa")
+    read_masters(path, model)
+    model = model.to(dtype or _DTYPES[config.train.precision]).eval()
+    return Trained(model, config, path / "tokenizer", read_state(path).step)
+
+
+def export(run_dir: Path, out: Path, dtype: torch.dtype | None = None) -> int:
+    """Write `out` whole or not at all: safetensors, config, tokenizer, chat template, generation config.
+
+    The staged folder is loaded again with plain transformers and must give the same weights, logits and token ids.
+    Returns the step. Raises ConfigError when `out` exists, CheckpointError when the comparison fails.
+    """
+    if out.exists():
+        raise ConfigError(f"{out}: already exists and is kept; choose another folder, or move it away")
+    trained = read_run(run_dir, dtype)
+    staged = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    shutil.copytree(trained.tokenizer, staged, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(staged)
+    trained.model.config.use_cache = True
+    trained.model.config.pad_token_id = tokenizer.pad_token_id
+    trained.model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+    )
+    trained.model.save_pretrained(staged)
+    about = {"run_dir": str(run_dir), "step": trained.step, "shards": trained.config.prepare.out}
+    (staged / ABOUT).write_text(json.dumps(about, indent=2))
+    _compare(staged, trained, tokenizer)
+    os.sync()
+    staged.rename(out)
+    return trained.step
+
+
+def _compare(folder: Path, trained: Trained, tokenizer: Any) -> None:
+    """Load `folder` as any other tool would, and refuse it unless it equals what was trained."""
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=trained.model.dtype, attn_implementation="sdpa").eval()
+    mine, theirs = dict(trained.model.named_parameters()), dict(again.named_parameters())
+    different = [name for name in mine if name not in theirs or not torch.equal(mine[name], theirs[name])]
+    if different or mine.keys() != theirs.keys():
+        raise CheckpointError(f"{folder}: weights read back differ ({different[:3]}); the export is not published")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
+    )
+    tokens = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        before, after = trained.model(tokens).logits, again(tokens).logits
+    if not torch.equal(before, after):
+        raise CheckpointError(
+            f"{folder}: logits read back differ by {(before - after).abs().max():.1e}; the export is not published"
+        )

@@ -1,0 +1,79 @@
+"""When a run stops, and why; and what it leaves behind to say so."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+Reason = Literal["completed", "stopped", "refused", "diverged"]
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """The wish of this process to stop: raised by a signal or by the appearance of a file, acted on by nobody alone.
+
+    >>> stop = StopRequest()
+    >>> stop.is_wanted()
+    False
+    >>> stop.ask(signal.SIGTERM)
+    >>> stop.is_wanted(), stop.cause
+    (True, 'SIGTERM')
+    """
+
+    def __init__(self, stop_file: Path | None = None) -> None:
+        self.cause: str | None = None
+        self._stop_file = stop_file
+
+    def install(self) -> None:
+        """Let SIGTERM, SIGINT and SIGUSR1 set the flag, and nothing else, ever."""
+        for number in SIGNALS:
+            signal.signal(number, self.ask)
+
+    def ask(self, number: int, _frame: object = None) -> None:
+        """The signal handler."""
+        self.cause = signal.Signals(number).name
+
+    def is_wanted(self) -> bool:
+        """Whether this process was asked to stop."""
+        if self.cause is None and self._stop_file is not None and self._stop_file.exists():
+            self.cause = self._stop_file.read_text().strip() or "stop file"
+        return self.cause is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a life ended, for whoever decides what comes next: exit codes alone cannot carry it through torchrun.
+
+    `completed`: nothing is left to do; `stopped`: asked to, go on later; `refused`: the configuration, the data or the
+    checkpoint is wrong, and starting again will not help; `diverged`: the loss is no longer a number. No verdict at
+    all means that the life was killed.
+    """
+
+    life: str
+    reason: Reason
+    step: int
+    detail: str
+
+    def write(self, folder: Path) -> Path:
+        """Publish as `folder/<life>.json`, whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.life}.json"
+        staged = path.with_suffix(".partial")
+        with staged.open("w") as file:
+            json.dump(asdict(self), file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+        return path
+
+    @classmethod
+    def read(cls, folder: Path, life: str) -> Verdict | None:
+        """The verdict of a life, None when it left none."""
+        try:
+            return cls(**json.loads((folder / f"{life}.json").read_text()))
+        except FileNotFoundError:
+            return None

@@ -1,0 +1,238 @@
+"""Metric names and where they go: the JSONL file is the truth, TensorBoard and the console are views of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+# JSONL key -> TensorBoard tag. The unit is in the name; a metric that is not here is not written.
+TAGS = {
+    "loss": "train/loss",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "target_tokens_per_second": "speed/target_tokens_per_second",
+    "tokens_per_second": "speed/tokens_per_second",
+    "step_seconds": "speed/step_seconds",
+    "memory_bytes": "memory/peak_bytes",
+    "validation_loss": "validation/loss",
+    "validation_perplexity": "validation/perplexity",
+    "validation_accuracy": "validation/accuracy",
+    "validation_f1": "validation/f1",
+}
+
+
+def peak_memory_bytes(cuda_peak: int | None = None) -> int:
+    """Peak memory of this process: of the GPU where there is one, else resident memory."""
+    if cuda_peak is not None:
+        return cuda_peak
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Sink(Protocol):
+    """Somewhere metrics go."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of one step, by the names of TAGS."""
+
+    def samples(self, step: int, answers: Iterable[Mapping[str, str]]) -> None:
+        """Prompts with the model's answers and the expected ones."""
+
+    def close(self) -> None:
+        """Flush and release."""
+
+
+class JsonLines:
+    """`metrics.jsonl`: one object a line, appended; what a resumed run will write again is cut off first.
+
+    >>> sink = JsonLines(Path("metrics.jsonl"), resume_step=0)  # doctest: +SKIP
+    >>> sink.scalars(1, {"loss": 2.5})  # doctest: +SKIP
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        kept = [line for line in read_lines(path) if line["step"] <= resume_step] if resume_step else []
+        staged = path.with_suffix(".partial")
+        staged.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        staged.replace(path)
+        self._file = path.open("a")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._write({"step": step, **values})
+
+    def samples(self, step: int, answers: Iterable[Mapping[str, str]]) -> None:
+        self._write({"step": step, "samples": [dict(answer) for answer in answers]})
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; a last line cut by a crash is left out; no file is no records."""
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for number, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number != len(lines) - 1:
+                raise
+    return records
+
+
+class TensorBoard:
+    """Event files; a resumed run hides what lies beyond the step it goes on from."""
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None, flush_secs=10)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if name in TAGS:
+                self._writer.add_scalar(TAGS[name], value, step)
+
+    def samples(self, step: int, answers: Iterable[Mapping[str, str]]) -> None:
+        for number, answer in enumerate(answers):
+            text = f"**prompt**\n\n```\n{answer['prompt']}\n```\n\n**answer**\n\n```\n{answer['answer']}\n```\n\n"
+            text += f"**expected**\n\n```\n{answer['expected']}\n```"
+            self._writer.add_text(f"samples/{number}", text, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Console:
+    """What a person watches: a progress bar on a terminal, one calm line a log step elsewhere."""
+
+    def __init__(self, total_steps: int, resume_step: int, stream: TextIO = sys.stdout) -> None:
+        self._total, self._stream, self._bar = total_steps, stream, None
+        self._latest: dict[str, float] = {}
+        if stream.isatty():
+            self._bar, self._task = _progress_bar(total_steps, resume_step)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._latest.update(values)
+        line = _line(step, self._total, values)
+        if self._bar is None:
+            print(line, file=self._stream, flush=True)
+        elif "loss" in values:
+            self._bar.update(self._task, completed=step, numbers=_numbers(self._latest))
+        else:
+            self._bar.console.print(line, highlight=False)
+
+    def samples(self, step: int, answers: Iterable[Mapping[str, str]]) -> None:
+        for answer in answers:
+            prompt = " ".join(answer["prompt"].split())
+            short = prompt if len(prompt) <= 70 else f"…{prompt[-69:]}"
+            self._say(
+                f"  sample at step {step}: {short!r} → {answer['answer'].strip()!r}"
+                f" (expected {answer['expected'].strip()[:60]!r})"
+            )
+
+    def say(self, text: str) -> None:
+        """One line to the person."""
+        self._say(text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _say(self, text: str) -> None:
+        if self._bar is None:
+            print(text, file=self._stream, flush=True)
+        else:
+            self._bar.console.print(text, highlight=False, markup=False)
+
+
+def _progress_bar(total_steps: int, resume_step: int) -> tuple[Any, Any]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("step"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
+    bar = Progress(*columns)
+    task = bar.add_task("train", total=total_steps, completed=resume_step, numbers="")
+    bar.start()
+    return bar, task
+
+
+_SHOWN = {
+    "loss": "loss {:.4f}",
+    "learning_rate": "lr {:.2e}",
+    "grad_norm": "norm {:.2f}",
+    "target_tokens_per_second": "{:,.0f} target tokens/s",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "validation_loss": "validation loss {:.4f}",
+    "validation_perplexity": "perplexity {:.2f}",
+    "validation_accuracy": "accuracy {:.4f}",
+    "validation_f1": "F1 {:.4f}",
+}
+
+
+def _numbers(values: Mapping[str, float]) -> str:
+    return "  ".join(text.format(values[name]) for name, text in _SHOWN.items() if name in values)
+
+
+def _line(step: int, total: int, values: Mapping[str, float]) -> str:
+    """One step as text.
+
+    >>> _line(3, 10, {"loss": 2.5, "learning_rate": 1e-3})
+    'step 3/10  loss 2.5000  lr 1.00e-03'
+    """
+    return f"step {step}/{total}  {_numbers(values)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Every sink of this rank; on ranks that write nothing there are none."""
+
+    sinks: tuple[Sink, ...] = ()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of one step, to every sink; nothing for none (a run without validation data)."""
+        for sink in self.sinks if values else ():
+            sink.scalars(step, values)
+
+    def samples(self, step: int, answers: list[Mapping[str, str]]) -> None:
+        """Sample answers, to every sink."""
+        for sink in self.sinks:
+            sink.samples(step, answers)
+
+    def close(self) -> None:
+        """Flush every sink."""
+        for sink in self.sinks:
+            sink.close()
+
+
+def loss_curve(records: Iterable[Mapping[str, Any]], *, width: int = 72, height: int = 14) -> str:
+    """Training and validation loss over steps, drawn with characters for a terminal."""
+    import plotext
+
+    plotext.clear_figure()
+    plotext.plot_size(width, height)
+    plotext.theme("clear")
+    records = list(records)
+    for name, draw, marker in (("loss", plotext.plot, "braille"), ("validation_loss", plotext.scatter, "o")):
+        points = [(line["step"], line[name]) for line in records if name in line]
+        if points:
+            draw(*zip(*points, strict=True), label=name.replace("_", " "), marker=marker)
+    plotext.xlabel("step")
+    return plotext.uncolorize(plotext.build()).rstrip()

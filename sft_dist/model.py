@@ -1,0 +1,80 @@
+"""The model of a run, as plain transformers builds it, identical on every rank before ZeRO shards it."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from sft_dist.config import ModelConfig
+from sft_dist.errors import ModelError
+
+# The names transformers' families give their dropouts.
+_DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout", "embedding_dropout")
+
+
+def model_config(config: ModelConfig, *, vocab_size: int, seq_len: int, eos_id: int) -> PretrainedConfig:
+    """The transformers configuration, completed from the shards (from scratch) or checked against them (pre-trained).
+
+    Raises ModelError when the model's vocabulary or context is too small for the shards, or nothing loads.
+    """
+    if config.config is None:
+        made = _load(lambda: AutoConfig.from_pretrained(config.name_or_path), str(config.name_or_path))
+    else:
+        values = {"vocab_size": vocab_size, "bos_token_id": eos_id, "eos_token_id": eos_id}
+        contexts = {"gpt2": "n_positions"}
+        values[contexts.get(config.config["model_type"], "max_position_embeddings")] = seq_len
+        values = {**values, **config.config}
+        made = _load(lambda: AutoConfig.for_model(**values), f"model_type {values['model_type']!r}")
+    dropout = config.dropout if config.dropout is not None else (0.0 if config.config is not None else None)
+    if dropout is not None:
+        for name in _DROPOUTS:
+            if hasattr(made, name):
+                setattr(made, name, dropout)
+    if made.vocab_size < vocab_size:
+        raise ModelError(
+            f"model.config: vocab_size {made.vocab_size} is smaller than the shards' vocabulary of {vocab_size}; "
+            "prepare with the model's own tokenizer (leave prepare.tokenizer out), or enlarge the model"
+        )
+    context = getattr(made, "max_position_embeddings", None) or seq_len
+    if context < seq_len:
+        raise ModelError(
+            f"model.config: a context of {context} tokens is shorter than prepare.seq_len {seq_len}; "
+            "lower seq_len and prepare again, or take a model with a longer context"
+        )
+    made.use_cache, made.pad_token_id = False, None  # rows hold no padding that a mask would have to hide
+    return made
+
+
+def build(config: ModelConfig, made: PretrainedConfig, *, seed: int, gradient_checkpointing: bool) -> PreTrainedModel:
+    """The model in fp32 on the CPU: pre-trained from safetensors, or random as a function of `seed` alone.
+
+    Raises ModelError when the folder or id has no safetensors weights or cannot be loaded.
+    """
+    if config.is_scratch:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation="sdpa")
+    else:
+        model = _load(
+            lambda: AutoModelForCausalLM.from_pretrained(
+                config.name_or_path, config=made, dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa"
+            ),
+            str(config.name_or_path),
+        )
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def has_dropout(made: PretrainedConfig) -> bool:
+    """Whether any dropout of the configuration is above 0."""
+    return any(getattr(made, name, 0) for name in _DROPOUTS)
+
+
+def _load(load, what: str):
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"model: cannot load {what}: {str(error).splitlines()[0]}. Check the name; only safetensors weights are read, "
+            "and without a network the model must be a local folder"
+        ) from error

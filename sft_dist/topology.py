@@ -1,0 +1,84 @@
+"""Where this process stands among all of them, and which life of a job it is: values, read once at the edge."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sft_dist.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Rank and size of the world this process belongs to.
+
+    >>> Topology(rank=1, world_size=2, local_rank=1).is_main
+    False
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Topology:
+        """The world torchrun, deepspeed or srun announced; a single process is a world of one.
+
+        Raises ConfigError where the announcement is incomplete.
+
+        >>> Topology.from_environment({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"})
+        Topology(rank=3, world_size=8, local_rank=3)
+        >>> Topology.from_environment({})
+        Topology(rank=0, world_size=1, local_rank=0)
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        missing = [name for name in names if name not in environment]
+        if len(missing) == len(names):
+            return cls()
+        if missing:
+            raise ConfigError(
+                f"environment: {', '.join(missing)} not set although {', '.join(set(names) - set(missing))} is; "
+                "start ranks with torchrun, deepspeed or `sft-dist train`"
+            )
+        return cls(*(int(environment[name]) for name in names))
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """One start of a job: a requeued job is the same job in its next life.
+
+    `stop_file` is a path whose appearance asks the ranks to stop (a launcher makes it instead of sending signals,
+    which torchrun would turn into a failure).
+
+    >>> Life("4711", restart_count=2).name
+    '4711-2'
+    """
+
+    job_id: str
+    restart_count: int = 0
+    stop_file: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Job and restart, as the verdict file is called."""
+        return f"{self.job_id}-{self.restart_count}"
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Life:
+        """SLURM's job and restart count, or a time stamp made by the launcher.
+
+        >>> Life.from_environment({"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "1"}).name
+        '4711-1'
+        """
+        job_id = environment.get("SFT_DIST_LIFE") or environment.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
+        stop_file = environment.get("SFT_DIST_STOP_FILE")
+        restart = environment.get("SLURM_RESTART_COUNT") or environment.get("TORCHELASTIC_RESTART_COUNT") or "0"
+        return cls(job_id, int(restart), Path(stop_file) if stop_file else None)

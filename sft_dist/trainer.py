@@ -1,0 +1,122 @@
+"""The train loop. Its unit is the optimizer step: it agrees, learns, accounts, keeps; and it stops between steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sft_dist.checkpoint import Checkpoints, TrainState
+from sft_dist.comms import Comms
+from sft_dist.engine import Engine
+from sft_dist.errors import SftDistError
+from sft_dist.evaluate import Evaluator
+from sft_dist.limits import Reason, StopRequest
+from sft_dist.metrics import Metrics, peak_memory_bytes
+
+
+class DivergedError(SftDistError):
+    """The loss or the gradient is no longer a number; nothing of that step is saved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cadence:
+    """Every how many steps something happens; None: only at the start and the end, at `last_step`."""
+
+    last_step: int
+    log_steps: int = 1
+    evaluate_steps: int | None = None
+    checkpoint_steps: int | None = None
+
+
+def train(
+    *,
+    steps: Iterable[Any],
+    engine: Engine,
+    comms: Comms,
+    state: TrainState,
+    learning_rate: Callable[[int], float],
+    evaluator: Evaluator,
+    checkpoints: Checkpoints,
+    metrics: Metrics,
+    stop: StopRequest,
+    cadence: Cadence,
+) -> tuple[Reason, TrainState]:
+    """Feed `steps` to the engine from `state` on, until they end or any rank is asked to stop.
+
+    Returns why it ended and the state that is saved by then. Raises DivergedError on a loss or gradient that is not finite.
+    """
+    start_step = saved_step = state.step
+    reason: Reason = "completed"
+    if state.step == 0:
+        _measure(0, engine, evaluator, metrics)
+
+    for step in steps:
+        started = time.perf_counter()
+
+        # agree: one exchange carries the loss denominator and every rank's wish to stop
+        targets, tokens, wishes = comms.sum([step.num_targets, step.num_tokens, stop.is_wanted()])
+        if wishes:
+            reason = "stopped"
+            break
+
+        # learn: a step of thousands of rows can outlast a grace period, so the ranks also vote between micro-batches
+        rate = learning_rate(state.step)
+        applied = engine.learn(
+            step.micro_batches,
+            denominator=max(1, targets),
+            learning_rate=rate,
+            should_abandon=lambda: comms.agree(stop.is_wanted()),
+        )
+        if applied is None:
+            reason = "stopped"
+            break
+        loss = comms.sum_tensor(applied.loss_sum.cpu()).item() / max(1, targets)
+        if not (math.isfinite(loss) and math.isfinite(applied.grad_norm)):
+            raise DivergedError(
+                f"step {state.step + 1}: loss {loss}, gradient norm {applied.grad_norm} (rows "
+                f"{state.rows_consumed} to {state.rows_consumed + step.num_rows - 1} of the stream). "
+                "The last checkpoint is untouched; lower train.learning_rate or look at those rows"
+            )
+
+        # account
+        seconds = time.perf_counter() - started
+        state = state.after(
+            rows=step.num_rows,
+            tokens=tokens,
+            target_tokens=targets,
+            adam_step=engine.adam_step,
+            gpu_seconds=seconds * comms.topology.world_size,
+        )
+        if _is_due(state.step, cadence.log_steps):
+            values = {"loss": loss, "learning_rate": rate, "grad_norm": applied.grad_norm}
+            speed = {"target_tokens_per_second": targets / seconds, "tokens_per_second": tokens / seconds}
+            memory = {"memory_bytes": peak_memory_bytes(engine.peak_device_bytes)}
+            metrics.scalars(state.step, {**values, **speed, "step_seconds": seconds, **memory})
+
+        # keep
+        if _is_due(state.step, cadence.evaluate_steps) and state.step < cadence.last_step:
+            metrics.scalars(state.step, evaluator.loss(engine.logits))
+        if _is_due(state.step, cadence.checkpoint_steps):
+            checkpoints.save(engine.fragments(), state)
+            saved_step = state.step
+
+    # finish
+    if reason == "completed" and state.step > start_step:
+        _measure(state.step, engine, evaluator, metrics)
+    if state.step > saved_step:
+        checkpoints.save(engine.fragments(), state)
+    return reason, state
+
+
+def _measure(step: int, engine: Engine, evaluator: Evaluator, metrics: Metrics) -> None:
+    """Every metric and the sample answers: what is compared before and after."""
+    metrics.scalars(step, evaluator.metrics(engine.logits))
+    if answers := evaluator.samples(engine.logits):
+        metrics.samples(step, answers)
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,7 @@
+"""What every rank needs, imported once by the fork server and never used there, so that ranks start in milliseconds."""
+
+import deepspeed  # noqa: F401
+import torch  # noqa: F401
+import transformers  # noqa: F401
+
+from sft_dist import checkpoint, engine, evaluate, model, trainer  # noqa: F401

@@ -1,0 +1,51 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from sft_dist.attention import leak, packed_logits, prove_isolation
+from sft_dist.errors import ModelError
+
+SIZES = {"vocab_size": 50}
+MODELS = {
+    "gpt2": GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=32, **SIZES),
+    "llama": LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        **SIZES,
+    ),
+}
+
+
+@pytest.fixture(params=sorted(MODELS))
+def model(request):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(MODELS[request.param], attn_implementation="sdpa").eval()
+
+
+@torch.no_grad()
+def test_documents_are_kept_apart(model):
+    assert prove_isolation(lambda t, p: packed_logits(model, t, p), 50, is_16_bit=False, kernel="sdpa") < 1e-5
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"use_cache": False, "attention_mask": "ones"}, {"use_cache": False, "position_ids": None}]
+)
+def test_a_way_that_leaks_is_refused(model, arguments):
+    @torch.no_grad()
+    def forward(tokens, positions):
+        given = {"position_ids": positions, **arguments}
+        if given.get("attention_mask") == "ones":
+            given["attention_mask"] = torch.ones_like(tokens)
+        return model(input_ids=tokens, **given).logits
+
+    assert max(leak(forward, 50)) > 1e-2
+    with pytest.raises(ModelError, match="packed documents see each other with attention 'sdpa'"):
+        prove_isolation(forward, 50, is_16_bit=False, kernel="sdpa")
+
+
+def test_logits_that_are_no_numbers_are_refused():
+    with pytest.raises(ModelError, match="logits move by nan"):
+        prove_isolation(lambda t, p: torch.full((*t.shape, 4), torch.nan), 50, is_16_bit=False, kernel="x")
