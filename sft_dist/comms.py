@@ -23,16 +23,11 @@ class Comms:
     """
 
     def __init__(
-        self,
-        topology: Topology,
-        device: torch.device,
-        *,
-        init_method: str | None = None,
-        timeout: timedelta = timedelta(minutes=30),
+        self, topology: Topology, device: torch.device, *, timeout: timedelta = timedelta(minutes=30)
     ) -> None:
         self.topology, self.device = topology, device
-        rendezvous = {"init_method": init_method or "env://"}
-        if topology.world_size == 1 and init_method is None:
+        rendezvous = {"init_method": topology.rendezvous}
+        if topology.world_size == 1:  # nobody to meet
             rendezvous = {"store": dist.HashStore()}
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(

@@ -13,7 +13,7 @@ from sft_dist.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Rank and size of the world this process belongs to.
+    """Rank and size of the world this process belongs to, and where its processes meet.
 
     >>> Topology(rank=1, world_size=2, local_rank=1).is_main
     False
@@ -22,6 +22,7 @@ class Topology:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    rendezvous: str = "env://"
 
     @property
     def is_main(self) -> bool:
@@ -35,9 +36,9 @@ class Topology:
         Raises ConfigError where the announcement is incomplete.
 
         >>> Topology.from_environment({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"})
-        Topology(rank=3, world_size=8, local_rank=3)
-        >>> Topology.from_environment({})
-        Topology(rank=0, world_size=1, local_rank=0)
+        Topology(rank=3, world_size=8, local_rank=3, rendezvous='env://')
+        >>> Topology.from_environment({}).world_size
+        1
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         missing = [name for name in names if name not in environment]

@@ -21,7 +21,7 @@ class RankError(AssertionError):
 
 
 def run_workers(function: Callable[..., Any], world_size: int, *arguments: Any, deadline: float = 120.0) -> list[Any]:
-    """`function(topology, init_method, *arguments)` on each rank; their results in rank order.
+    """`function(topology, *arguments)` on each rank; their results in rank order.
 
     Raises RankError with the first failing rank's traceback, or the names of the ranks that hung.
     """
@@ -79,7 +79,7 @@ def _rank(
         with log.open("w") as sink:  # DeepSpeed is talkative; a failing rank's traceback comes back through the pipe
             os.dup2(sink.fileno(), 1)
             os.dup2(sink.fileno(), 2)
-        pipe.send((True, function(Topology(rank, world_size, rank), init_method, *arguments)))
+        pipe.send((True, function(Topology(rank, world_size, rank, init_method), *arguments)))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
     finally:

@@ -19,7 +19,7 @@ from typing import Any
 
 from sft_dist.config import PrepareConfig, SourceConfig, TrainedTokenizer
 from sft_dist.data import shards
-from sft_dist.data.curate import curate, is_validation
+from sft_dist.data.curate import curate, is_validation, prompt_digest
 from sft_dist.data.pack import pack
 from sft_dist.data.read import files, read
 from sft_dist.data.records import Conversation, Document, Drop, Turn
@@ -30,7 +30,7 @@ from sft_dist.errors import ConfigError, DataError
 # Reasons of records that could not be read, as opposed to those that were read and left out.
 _UNREADABLE = {
     "invalid_utf8", "invalid_json", "invalid_csv", "missing_key", "wrong_type", "unknown_role", "no_answer",
-    "no_messages", "no_instances", "not_text", "empty_label",
+    "no_messages", "no_instances", "not_text", "empty_label", "invalid_unicode", "unknown_weight",
 }  # fmt: skip
 Progress = Callable[[str, int], None]
 
@@ -99,26 +99,32 @@ def prepare(
             f"prepare.tokenizer: a new tokenizer does not fit the pre-trained {default_tokenizer}; remove prepare.tokenizer "
             "(prepare.tokenizer=null) to use the model's own"
         )
-    settings = {"prepare": config.model_dump(by_alias=True, exclude={"out"}), "default_tokenizer": default_tokenizer}
+    given = None
+    if not isinstance(config.tokenizer, TrainedTokenizer):
+        given = Tokenizer.load(config.tokenizer or default_tokenizer)
+    settings = {
+        "prepare": config.model_dump(by_alias=True, exclude={"out"}),
+        "tokenizer": given.fingerprint if given else None,
+    }
     sources = _digests([*config.sources, *config.validation_sources])
     out = Path(config.out)
-    if out.exists():
-        if not fresh:
-            return _already(out, settings, sources)
-        _set_aside(out)
+    if out.exists() and not fresh:
+        return _already(out, settings, sources)
     staged = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)  # what an interrupted preparation left
     staged.mkdir(parents=True)
-    funnel, splits = _fill(staged, config, template, default_tokenizer, progress)
+    funnel, splits = _fill(staged, config, template, given, progress)
     about = {"funnel": asdict(funnel), "splits": splits, "settings": settings, "sources": sources}
     (staged / "prepare.json").write_text(json.dumps(about, indent=1, ensure_ascii=False))
     os.sync()
+    if out.exists():
+        _set_aside(out)
     staged.rename(out)
     return Report(out, about["funnel"], splits, was_already_prepared=False)
 
 
 def _fill(
-    staged: Path, config: PrepareConfig, template: Template, default_tokenizer: str | None, progress: Progress
+    staged: Path, config: PrepareConfig, template: Template, given: Tokenizer | None, progress: Progress
 ) -> tuple[Funnel, dict[str, dict[str, Any]]]:
     """Run the stages; everything but `prepare.json` is in `staged` afterwards."""
     train, validation, drops, funnel = _records(config, progress)
@@ -127,7 +133,7 @@ def _fill(
         raise DataError(
             f"prepare.sources: no record is left to train on ({_counts(funnel)}); see {staged}/rejects.jsonl"
         )
-    tokenizer = _tokenizer(config, default_tokenizer, train)
+    tokenizer = given or _trained(config.tokenizer, template, train)
     shared = {
         "seq_len": config.seq_len,
         "rows_per_shard": config.rows_per_shard,
@@ -186,11 +192,17 @@ def _records(
                     progress("read", num_read)
                 yield item
 
+    held_out: set[bytes] = set()
     named = {str(path) for source in config.validation_sources for path in files(source)}
     for item in curate(items(), deduplicate=config.deduplicate):
         if isinstance(item, Drop):
             drops.append(item)
-        elif item.where.rpartition(":")[0] in named or is_validation(item, config.validation_fraction, config.seed):
+        elif item.where.rpartition(":")[0] in named:
+            validation.append(item)
+            held_out.add(prompt_digest(item))
+        elif prompt_digest(item) in held_out:
+            drops.append(Drop("in_validation", item.where, "its prompt is in a validation file"))
+        elif is_validation(item, config.validation_fraction, config.seed):
             validation.append(item)
         else:
             train.append(item)
@@ -213,16 +225,11 @@ def _counts(funnel: Funnel) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in funnel.drops.items()) or "none dropped"
 
 
-def _tokenizer(config: PrepareConfig, default: str | None, train: Sequence[Conversation]) -> Tokenizer:
-    if isinstance(config.tokenizer, TrainedTokenizer):
-        texts = [turn.content for record in train for turn in record.turns]
-        # The template's own words are read as often as there are records: they deserve tokens too.
-        template = template_from(config.template)
-        texts += [template.before_user + template.header] * (
-            1 if train[0].turns[0].role == "text" else len(train) // 20 + 1
-        )
-        return train_sentencepiece(texts, config.tokenizer.sentencepiece)
-    return Tokenizer.load(config.tokenizer or default)
+def _trained(config: TrainedTokenizer, template: Template, train: Sequence[Conversation]) -> Tokenizer:
+    """A tokenizer trained on the training split, and on the template's words now and then: they are read as often."""
+    texts = [turn.content for record in train for turn in record.turns]
+    texts += [template.before_user + template.header] * (len(train) // 20 + 1)
+    return train_sentencepiece(texts, config.sentencepiece)
 
 
 def _documents(
@@ -326,9 +333,10 @@ def _already(out: Path, settings: dict[str, Any], sources: dict[str, str]) -> Re
     settings = json.loads(json.dumps(settings))
     before, now = about["settings"]["prepare"], settings["prepare"]
     changed = [f"prepare.{key}: {before.get(key)!r} → {now[key]!r}" for key in now if before.get(key) != now[key]]
-    if about["settings"]["default_tokenizer"] != settings["default_tokenizer"] and now["tokenizer"] is None:
-        changed.append("model.name_or_path, whose tokenizer was used")
-    changed += [f"the bytes of {path}" for path, digest in sources.items() if about["sources"].get(path) != digest]
+    if about["settings"]["tokenizer"] != settings["tokenizer"] and before["tokenizer"] == now["tokenizer"]:
+        changed.append("what the tokenizer makes of text")
+    files_of = about["sources"].keys() | sources.keys()
+    changed += [f"the bytes of {path}" for path in sorted(files_of) if about["sources"].get(path) != sources.get(path)]
     if changed:
         raise DataError(
             f"{out}: was prepared otherwise ({'; '.join(changed)}). Choose another prepare.out, or prepare anew with --fresh "

@@ -22,7 +22,8 @@ def curate(items: Iterable[Conversation | Drop], *, deduplicate: bool) -> Iterat
         if isinstance(item, Drop):
             yield item
             continue
-        made = replace(item, turns=tuple(replace(turn, content=turn.content.strip()) for turn in item.turns))
+        turns = (replace(turn, content=turn.content.strip()) for turn in item.turns)
+        made = replace(item, turns=tuple(turn for turn in turns if turn.content or turn.role != "system"))
         empty = next((turn for turn in made.turns if not turn.content), None)
         if empty is not None:
             reason = {"assistant": "empty_response", "text": "empty_text"}.get(empty.role, "empty_prompt")
@@ -45,8 +46,12 @@ def is_validation(conversation: Conversation, fraction: float, seed: int) -> boo
     >>> is_validation(Conversation((Turn("text", "Once upon a time", True),), "a:1"), fraction=0.0, seed=0)
     False
     """
-    digest = _digest(conversation.prompt or conversation.turns, str(seed))
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return int.from_bytes(prompt_digest(conversation, str(seed))[:8], "big") < fraction * 2**64
+
+
+def prompt_digest(conversation: Conversation, salt: str = "") -> bytes:
+    """16 bytes that stand for the prompt (of plain text: the text)."""
+    return _digest(conversation.prompt or conversation.turns, salt)
 
 
 def _digest(turns: Iterable, salt: str = "") -> bytes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import difflib
+import glob
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -34,7 +36,7 @@ def files(source: SourceConfig) -> list[Path]:
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
     else:
-        found = sorted(p for p in path.parent.glob(path.name) if p.is_file()) if path.parent.is_dir() else []
+        found = sorted(p for p in map(Path, glob.glob(source.path, recursive=True)) if p.is_file())
     if found:
         return found
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
@@ -49,6 +51,10 @@ def read(source: SourceConfig) -> Iterator[Conversation | Drop]:
     """
     for path in files(source):
         kind = _format(path, source)
+        if kind == "txt" and source.schema_ != "text":
+            raise DataError(
+                f"{path}: a txt file is plain text, not {source.schema_}; give a delimiter, or name its format"
+            )
         if kind == "txt":
             yield from _articles(path)
             continue
@@ -110,41 +116,47 @@ def _json_list(path: Path, _: SourceConfig) -> Iterator[tuple[str, Any]]:
             f"{path}: a list of records is expected, this is {type(values).__name__}; use jsonl for one a line"
         )
     for number, value in enumerate(values, 1):
-        yield f"{path}:{number}", value
+        yield f"{path}:#{number}", value
 
 
 def _delimited(path: Path, source: SourceConfig) -> Iterator[tuple[str, Any]]:
     """Rows as {column: text}. Numbered columns mean no header; between tabs a quote is an ordinary character."""
     delimiter = source.delimiter or ("\t" if _format(path, source) == "tsv" else ",")
-    wanted = [getattr(source, name) for name in _COLUMNS[source.schema_]]
+    wanted = [getattr(source, name, name) for name in _COLUMNS[source.schema_]]
     has_header = not all(isinstance(column, int) for column in wanted)
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    drops: list[tuple[str, Drop]] = []
+    bad_lines: list[tuple[str, Drop]] = []
+    last = 0  # number of the last line handed to the csv reader, whose own count knows nothing of dropped lines
 
     def texts() -> Iterator[str]:
-        for where, line in _lines(path):
+        nonlocal last
+        for number, (where, line) in enumerate(_lines(path), 1):
             if isinstance(line, Drop):
-                drops.append((where, line))
+                bad_lines.append((where, line))
             else:
+                last = number
                 yield line + "\n"
 
     reader = csv.reader(texts(), delimiter=delimiter, quoting=quoting, strict=quoting != csv.QUOTE_NONE)
     header: list[str] | None = None
     while True:
-        where = f"{path}:{reader.line_num + 1}"
+        begin = last + 1
         try:
             row = next(reader, None)
         except csv.Error as error:
-            yield where, Drop("invalid_csv", where, str(error))
+            if "unexpected end" in str(error):  # a quote that never closes has swallowed the rest of the file
+                raise DataError(f"{path}: a quote opened after line {begin - 1} never closes; mend it") from None
+            yield f"{path}:{last}", Drop("invalid_csv", f"{path}:{last}", str(error))
             continue
-        yield from drops
-        drops.clear()
+        yield from bad_lines
+        begin += len(bad_lines)
+        bad_lines.clear()
         if row is None:
             return
         if has_header and header is None:
             header = _checked_header(path, row, wanted)
         elif row:
-            yield where, dict(zip(header, row, strict=False)) if header else dict(enumerate(row))
+            yield f"{path}:{begin}", dict(zip(header, row, strict=False)) if header else dict(enumerate(row))
 
 
 def _checked_header(path: Path, header: list[str], wanted: list[Column]) -> list[str]:
@@ -159,12 +171,11 @@ def _checked_header(path: Path, header: list[str], wanted: list[Column]) -> list
 def _articles(path: Path) -> Iterator[Conversation | Drop]:
     """Plain text: blank lines go; a new document starts at a WikiText title, or, without titles, after a blank line."""
     start, held = 1, []
-    has_titles = any(isinstance(line, str) and _HEADING.match(line) for _, line in _lines(path))
-    for number, (_, line) in enumerate(_lines(path), 1):
+    has_titles = any(is_title for _, _, is_title in _marked(path))
+    for number, line, is_title in _marked(path):
         if isinstance(line, Drop):
             yield line
             continue
-        is_title = bool(_HEADING.match(line))
         if held and (is_title if has_titles else not line.strip()):
             yield _text("\n".join(held), f"{path}:{start}")
             held = []
@@ -173,6 +184,17 @@ def _articles(path: Path) -> Iterator[Conversation | Drop]:
             held.append(line.strip())
     if held:
         yield _text("\n".join(held), f"{path}:{start}")
+
+
+def _marked(path: Path) -> Iterator[tuple[int, str | Drop, bool]]:
+    """(number, line, whether it is a title) of each line: a title has a blank line on both sides (tables do not)."""
+    before, held = "", None
+    for number, (_, line) in enumerate(itertools.chain(_lines(path), [("", "")]), 1):
+        is_blank = isinstance(line, str) and not line.strip()
+        if held is not None:
+            yield (*held, is_blank and not before.strip() and bool(_HEADING.match(str(held[1]))))
+            before = str(held[1])
+        held = (number, line)
 
 
 def _text(text: str, where: str) -> Conversation:
@@ -185,9 +207,19 @@ def _value(row: Any, column: Column, kind: type = str) -> Any:
         raise _BadRecordError("wrong_type", f"an object is expected, this is {type(row).__name__}")
     if column not in row:
         raise _BadRecordError("missing_key", f"no {column!r}; found {', '.join(map(repr, row)) or 'nothing'}")
-    if not isinstance(row[column], kind):
-        raise _BadRecordError("wrong_type", f"{column!r} is {type(row[column]).__name__}, not {kind.__name__}")
-    return row[column]
+    value = row[column]
+    if not isinstance(value, kind):
+        raise _BadRecordError("wrong_type", f"{column!r} is {type(value).__name__}, not {kind.__name__}")
+    return _sound(value) if kind is str else value
+
+
+def _sound(text: str) -> str:
+    """JSON can spell half a character (a lone surrogate), which is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _BadRecordError("invalid_unicode", f"character {error.start}: {error.reason}") from None
+    return text
 
 
 def _pair(prompt: str, response: str, where: str, label: str | None = None) -> Conversation:
@@ -195,6 +227,8 @@ def _pair(prompt: str, response: str, where: str, label: str | None = None) -> C
 
 
 def _from_label(row: Any, source: SourceConfig, where: str) -> Iterator[Conversation]:
+    if isinstance(row, dict) and type(row.get(source.label)) is int:
+        row = {**row, source.label: str(row[source.label])}
     label = _value(row, source.label).strip()
     if not label:
         raise _BadRecordError("empty_label", "the label is empty")
@@ -210,8 +244,9 @@ def _from_text(row: Any, source: SourceConfig, where: str) -> Iterator[Conversat
 
 
 def _from_alpaca(row: Any, _: SourceConfig, where: str) -> Iterator[Conversation]:
-    given = row.get("input") if isinstance(row, dict) else None
-    yield _pair(_asked(_value(row, "instruction"), given or ""), _value(row, "output"), where)
+    instruction = _value(row, "instruction")
+    given = "" if row.get("input") is None else _value(row, "input")
+    yield _pair(_asked(instruction, given), _value(row, "output"), where)
 
 
 def _from_self_instruct(row: Any, _: SourceConfig, where: str) -> Iterator[Conversation]:
@@ -246,7 +281,9 @@ def _turn(message: Any) -> Turn:
     if not isinstance(content, str):
         raise _BadRecordError("wrong_type", f"'content' is {type(content).__name__}, not text or a list of text parts")
     weight = message.get("loss_weight", 1) if message.get("loss", True) else 0
-    return Turn(role, content, is_target=role == "assistant" and bool(weight))
+    if weight not in (0, 1):
+        raise _BadRecordError("unknown_weight", f"loss_weight {weight!r} is neither 0 nor 1")
+    return Turn(role, _sound(content), is_target=role == "assistant" and bool(weight))
 
 
 def _part(part: Any) -> str:
@@ -263,6 +300,6 @@ _CONVERTERS: dict[str, Callable[[Any, SourceConfig, str], Iterator[Conversation]
     "self_instruct": _from_self_instruct,
     "text": _from_text,
 }
-# The fields of a source that name columns, by schema.
+# What names the columns of each schema: a field of the source, or the column itself.
 _COLUMNS = {"label": ("text", "label"), "prompt_response": ("prompt", "response"), "text": ("text",), "messages": ("messages",),
-            "alpaca": (), "self_instruct": ()}  # fmt: skip
+            "alpaca": ("instruction", "output"), "self_instruct": ("instruction", "instances")}  # fmt: skip

@@ -95,6 +95,7 @@ def write(
         part = list(itertools.islice(iterator, rows_per_shard))
         if not part:
             break
+        _check_ids(part, about["vocab_size"])
         arrays = _arrays(part, seq_len, dtype, about["pad_id"])
         totals["rows"] += len(part)
         totals["documents"] += sum(len(row) for row in part)
@@ -114,7 +115,8 @@ def write(
         **about,
     )
     staged = folder / "manifest.partial"
-    _write_whole(staged, json.dumps(asdict(manifest), indent=1).encode())
+    values = asdict(manifest)
+    _write_whole(staged, json.dumps({**values, "digest": _digest_of(values)}, indent=1).encode())
     staged.rename(folder / "manifest.json")
     return manifest
 
@@ -138,6 +140,19 @@ def _arrays(rows: Sequence[Sequence[Document]], seq_len: int, dtype: np.dtype, p
         "starts": np.packbits(flags[1], axis=1),
         "lengths": lengths,
     }
+
+
+def _check_ids(rows: Sequence[Sequence[Document]], vocab_size: int) -> None:
+    for document in (document for row in rows for document in row):
+        if not 0 <= min(document.ids) <= max(document.ids) < vocab_size:
+            raise DataError(
+                f"{document.where}: token {max(document.ids)} is outside the vocabulary of {vocab_size}; the tokenizer is at fault"
+            )
+
+
+def _digest_of(values: dict[str, Any]) -> str:
+    """The manifest covers itself."""
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _write_whole(path: Path, content: bytes) -> dict[str, Any]:
@@ -170,11 +185,14 @@ class Shards:
         path = folder / "manifest.json"
         try:
             values = json.loads(path.read_text())
-            version = values["format_version"]
+            version, digest = values["format_version"], values.pop("digest")
+            is_sound = version != FORMAT_VERSION or digest == _digest_of(values)
         except FileNotFoundError:
             raise DataError(f"{folder}: no prepared shards there; run `sft-dist prepare RUN.yaml` first") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); {_REMEDY}") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            is_sound, version = False, FORMAT_VERSION
+        if not is_sound:
+            raise DataError(f"{path}: damaged; {_REMEDY}")
         if version != FORMAT_VERSION:
             raise DataError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}; {_REMEDY}")
         manifest = Manifest(**values)
@@ -213,7 +231,10 @@ class Shards:
         return np.unpackbits(self._read(kind, numbers), axis=1, count=self.seq_len).view(bool)
 
     def _read(self, kind: str, numbers: np.ndarray) -> np.ndarray:
-        shard, place = np.divmod(np.asarray(numbers, dtype=np.int64), self.manifest.rows_per_shard)
+        numbers = np.asarray(numbers, dtype=np.int64)
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self.num_rows:
+            raise IndexError(f"rows {numbers.min()} to {numbers.max()} of {self.num_rows} in {self.folder}")
+        shard, place = np.divmod(numbers, self.manifest.rows_per_shard)
         first = self._map(0, kind)
         out = np.empty((len(shard), *first.shape[1:]), first.dtype)
         for number in np.unique(shard):

@@ -158,7 +158,7 @@ def template_from(text: str) -> Template:
     """
     if text in _PRESETS:
         return _PRESETS[text]
-    fields = re.findall(r"\{\w*\}", text)
+    fields = re.findall(r"\{[\w.-]*\}", text)
     if fields != ["{text}"]:
         found = f"found {', '.join(fields)}" if fields else "found none"
         raise ConfigError(

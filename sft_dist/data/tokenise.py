@@ -100,15 +100,12 @@ class Tokenizer:
         path = Path(name)
         if path.suffix == ".model" and path.is_file():
             return from_sentencepiece(path.read_bytes(), samples=_SAMPLES)
-        tokenizer_file = path / "tokenizer.json" if path.is_dir() else _from_hub(name, "tokenizer.json")
-        if not tokenizer_file.is_file():
-            raise DataError(f"prepare.tokenizer: {name}: has no tokenizer.json; save it with a fast tokenizer first")
-        config_file = path / "tokenizer_config.json" if path.is_dir() else _from_hub(name, "tokenizer_config.json")
-        about = json.loads(config_file.read_text()) if config_file.is_file() else {}
-        from tokenizers import Tokenizer as Fast
-
-        inner = Fast.from_file(str(tokenizer_file))
+        inner = _fast(path, name)
+        about = _json_file(path, name, "tokenizer_config.json")
         named = {key: _content(about.get(key)) for key in ("eos_token", "pad_token", "bos_token", "unk_token")}
+        if named["eos_token"] is None:  # GPT-2 on the hub names it only in the model's configuration, by its id
+            eos_id = _json_file(path, name, "config.json").get("eos_token_id")
+            named["eos_token"] = inner.id_to_token(eos_id) if isinstance(eos_id, int) else None
         eos = named["eos_token"]
         if eos is None or inner.token_to_id(eos) is None:
             raise DataError(f"prepare.tokenizer: {name}: no end token (eos_token) in tokenizer_config.json; add one")
@@ -122,12 +119,40 @@ def _content(token: Any) -> str | None:
     return token["content"] if isinstance(token, dict) else token
 
 
-def _from_hub(name: str, file: str) -> Path:
+def _fast(path: Path, name: str) -> tokenizers.Tokenizer:
+    """`tokenizer.json`, or GPT-2's pair of vocab.json and merges.txt."""
+    from tokenizers import AddedToken, ByteLevelBPETokenizer
+    from tokenizers import Tokenizer as Fast
+
+    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file() and not (path / "tokenizer.json").is_file():
+        pair = ByteLevelBPETokenizer(str(path / "vocab.json"), str(path / "merges.txt"))
+        fast = Fast.from_str(pair.to_str())
+        ends = [token for token in ("<|endoftext|>", "</s>") if fast.token_to_id(token) is not None]
+        fast.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in ends])
+        return fast
+    file = _file(path, name, "tokenizer.json")
+    if file is None:
+        raise DataError(f"prepare.tokenizer: {name}: has no tokenizer.json; save it with a fast tokenizer first")
+    return Fast.from_file(str(file))
+
+
+def _json_file(path: Path, name: str, file: str) -> dict[str, Any]:
+    found = _file(path, name, file)
+    return json.loads(found.read_text()) if found else {}
+
+
+def _file(path: Path, name: str, file: str) -> Path | None:
+    """A file of a local folder, or of a repository on the Hugging Face hub; None when that has no such file."""
+    if path.is_dir():
+        return path / file if (path / file).is_file() else None
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(name, file))
-    except Exception as error:  # the hub's client raises many kinds; each means: not to be had
+    except Exception as error:  # the hub's client raises many kinds; each but one means: not to be had
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
         raise DataError(
             f"prepare.tokenizer: {name!r}: neither a folder, nor a .model file, nor to be had from the Hugging Face hub "
             f"({type(error).__name__}). Check the name; without a network use a local folder"
@@ -167,11 +192,11 @@ def prompt_ids(spans: Iterable[Span], tokenizer: Tokenizer) -> list[int]:
     ids, text = list(tokenizer.bos_ids), ""
     for span in spans:
         if span.is_control:
-            ids += [*tokenizer.encode(text), tokenizer.inner.token_to_id(span.text)] if text else []
+            ids += [*(tokenizer.encode(text) if text else []), tokenizer.inner.token_to_id(span.text)]
             text = ""
         else:
             text += span.text
-    return ids + tokenizer.encode(text)
+    return ids + (tokenizer.encode(text) if text else [])
 
 
 def split(document: Document, seq_len: int) -> list[Document]:

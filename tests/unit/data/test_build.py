@@ -1,0 +1,458 @@
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sft_dist.config import PrepareConfig, SentencePieceTraining, SourceConfig, TrainedTokenizer
+from sft_dist.data.build import Funnel, prepare, read_conversations
+from sft_dist.data.records import Conversation, Turn
+from sft_dist.data.shards import Shards
+from sft_dist.data.tokenise import Tokenizer, train_sentencepiece
+from sft_dist.errors import ConfigError, DataError
+
+TRAINING = SentencePieceTraining(vocab_size=350)
+WORDS = ("alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf")
+SPAM = "Spam or ham?\n{text}\nAnswer:"
+
+
+def sentence(number):
+    return f"message {number} about {WORDS[number % 7]} and {WORDS[number // 7 % 7]}, from {WORDS[number // 49 % 7]}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = [sentence(number) for number in range(200)] + ["Spam or ham?\n\nAnswer: spam ham"] * 20
+    train_sentencepiece(texts, TRAINING).save(folder, chat_template=None, model_max_length=64)
+    return folder
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def pairs(path, numbers, answer="yes, {}"):
+    return write_lines(path, ({"prompt": sentence(n), "response": answer.format(n)} for n in numbers))
+
+
+def labelled(path, records):
+    path.write_text("".join(f"{label}\t{text}\n" for label, text in records))
+    return path
+
+
+def config_of(path, out, tokenizer, schema="prompt_response", **more):
+    source = {"path": str(path), "schema": schema}
+    named = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+    values = {"sources": [SourceConfig(**source)], "tokenizer": named, "seq_len": 64, "out": str(out)}
+    return PrepareConfig(**{**values, **more})
+
+
+def label_config(path, out, tokenizer, **more):
+    source = SourceConfig(path=str(path), schema="label", delimiter="\t", text=1, label=0)
+    return config_of(path, out, tokenizer, sources=[source], template=SPAM, **more)
+
+
+def entries(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def content(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def decoded(shards, tokenizer):
+    """Text of every document of a split, in order, the end token left out."""
+    batch = shards.rows(np.arange(shards.num_rows))
+    texts = []
+    for tokens, documents in zip(batch.tokens, batch.documents, strict=True):
+        for number in range(documents.max() + 1):
+            texts.append(tokenizer.decode(tokens[documents == number].tolist()))
+    return texts
+
+
+def test_every_record_is_accounted_for(tmp_path, tokenizer_folder):
+    good = [{"prompt": sentence(n), "response": f"yes, {n}"} for n in range(40)]
+    bad = [
+        good[0],
+        {"prompt": f"{sentence(1)} ", "response": "yes,  1"},  # the same but for white space
+        {"prompt": "no answer", "response": " "},
+        {"prompt": "no response at all"},
+        {"prompt": " ".join(map(sentence, range(40))), "response": "long"},
+    ]
+    path = write_lines(tmp_path / "a.jsonl", [*good, *bad])
+    with path.open("a") as file:
+        file.write("{broken\n")
+    config = config_of(path, tmp_path / "out", tokenizer_folder, validation_fraction=0.25, max_reject_fraction=0.1)
+    report = prepare(config)
+    funnel = Funnel(**report.funnel)
+    assert funnel.is_exact
+    assert funnel.read == 46
+    assert funnel.train + funnel.validation == 40
+    assert funnel.validation > 0
+    assert funnel.drops == {"duplicate": 2, "empty_response": 1, "missing_key": 1, "too_long": 1, "invalid_json": 1}
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert Counter(reject["reason"] for reject in rejects) == funnel.drops
+    assert {reject["where"] for reject in rejects} == {f"{path}:{number}" for number in range(41, 47)}
+    assert all(reject["detail"] for reject in rejects)
+
+
+@pytest.mark.parametrize(
+    ("funnel", "is_exact"), [(Funnel(5, 2, 1, {"x": 1, "y": 1}), True), (Funnel(5, 2, 1, {"x": 1}), False)]
+)
+def test_a_funnel_knows_whether_it_is_exact(funnel, is_exact):
+    assert funnel.is_exact == is_exact
+
+
+def test_the_folder_holds_everything_and_nothing_is_left_beside_it(tmp_path, tokenizer_folder):
+    config = config_of(pairs(tmp_path / "a.jsonl", range(60)), tmp_path / "out", tokenizer_folder, validation_fraction=0.3)
+    report = prepare(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out"]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"train", "validation", "tokenizer", "validation.jsonl", "rejects.jsonl", "prepare.json"}
+    tokenizer = Tokenizer.load(str(tmp_path / "out" / "tokenizer"))
+    assert tokenizer.fingerprint == Tokenizer.load(str(tokenizer_folder)).fingerprint
+    texts = set()
+    for name in ("train", "validation"):
+        shards = Shards.open(tmp_path / "out" / name, verify=True)
+        assert shards.manifest.tokenizer == tokenizer.fingerprint
+        assert shards.num_rows == report.splits[name]["rows"]
+        assert shards.manifest.documents == report.funnel[name] == report.splits[name]["documents"]
+        texts |= set(decoded(shards, tokenizer))
+    assert texts == {f"{sentence(n)}\nyes, {n}" for n in range(60)}
+
+
+def test_a_preparation_that_fails_leaves_no_folder_and_its_remains_are_swept(tmp_path, tokenizer_folder):
+    path = pairs(tmp_path / "a.jsonl", range(5), answer=" ")
+    config = config_of(path, tmp_path / "out", tokenizer_folder)
+    with pytest.raises(DataError, match=r"no record is left to train on \(5 empty_response\); see .*rejects\.jsonl$") as e:
+        prepare(config)
+    rejects = tmp_path / ".out.partial" / "rejects.jsonl"
+    assert str(rejects) in str(e.value)
+    assert len(rejects.read_text().splitlines()) == 5
+    assert not (tmp_path / "out").exists()
+    pairs(path, range(5))
+    assert prepare(config).funnel["train"] == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
+
+
+def test_the_same_sources_and_settings_are_already_prepared(tmp_path, tokenizer_folder):
+    config = config_of(pairs(tmp_path / "a.jsonl", range(20)), tmp_path / "out", tokenizer_folder)
+    first = prepare(config)
+    before = content(tmp_path / "out")
+    again = prepare(config)
+    assert not first.was_already_prepared
+    assert again == replace(first, was_already_prepared=True)
+    assert content(tmp_path / "out") == before
+
+
+def test_the_same_preparation_elsewhere_is_the_same_bytes(tmp_path):
+    path = pairs(tmp_path / "a.jsonl", range(200))
+    trained = TrainedTokenizer(sentencepiece=TRAINING)
+    for name in ("one", "two"):
+        prepare(config_of(path, tmp_path / name, trained, validation_fraction=0.2))
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_what_was_prepared_otherwise_is_refused_and_named(tmp_path, tokenizer_folder):
+    tokenizer = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    (tmp_path / "data").mkdir()
+    pairs(tmp_path / "data" / "a.jsonl", range(20))
+    b = pairs(tmp_path / "data" / "b.jsonl", range(20, 40))
+    config = config_of(tmp_path / "data", tmp_path / "out", tokenizer)
+    prepare(config)
+    before = content(tmp_path / "out")
+
+    def refused(config, message):
+        with pytest.raises(DataError, match=rf"out: was prepared otherwise \({message}\)\. .*prepare anew with --fresh"):
+            prepare(config)
+
+    refused(config.model_copy(update={"seq_len": 32}), r"prepare\.seq_len: 64 → 32")
+    refused(
+        config.model_copy(update={"seed": 1, "deduplicate": False}),
+        r"prepare\.deduplicate: True → False; prepare\.seed: 0 → 1",
+    )
+    with b.open("a") as file:
+        file.write("\n")
+    refused(config, rf"the bytes of {b}")
+    b.unlink()
+    refused(config, rf"the bytes of {b}")
+    pairs(b, range(20, 40))
+    assert prepare(config).was_already_prepared
+    other = train_sentencepiece([sentence(n).upper() for n in range(200)], TRAINING)
+    other.save(tokenizer, chat_template=None, model_max_length=64)
+    refused(config, "what the tokenizer makes of text")
+    assert content(tmp_path / "out") == before
+
+
+def test_another_model_with_another_tokenizer_of_its_own_is_another_preparation(tmp_path, tokenizer_folder):
+    other = tmp_path / "other"
+    train_sentencepiece([sentence(n).upper() for n in range(200)], TRAINING).save(other, chat_template=None, model_max_length=64)
+    config = config_of(pairs(tmp_path / "a.jsonl", range(9)), tmp_path / "out", None)
+    prepare(config, default_tokenizer=str(tokenizer_folder))
+    assert prepare(config, default_tokenizer=str(tokenizer_folder)).was_already_prepared
+    with pytest.raises(DataError, match="what the tokenizer makes of text"):
+        prepare(config, default_tokenizer=str(other))
+
+
+@pytest.mark.parametrize("about", [None, "{cut", "{}", "[]"], ids=["missing", "cut", "empty", "list"])
+def test_a_folder_that_is_no_preparation_is_refused(tmp_path, tokenizer_folder, about):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    if about is not None:
+        (out / "prepare.json").write_text(about)
+    with pytest.raises(DataError, match="out: exists and is not a finished preparation; move it away, or choose another"):
+        prepare(config_of(pairs(tmp_path / "a.jsonl", range(9)), out, tokenizer_folder))
+    assert (out / "thesis.txt").read_text() == "years of work"
+
+
+def test_fresh_sets_the_old_folder_aside(tmp_path, tokenizer_folder):
+    path = pairs(tmp_path / "a.jsonl", range(20))
+    config = config_of(path, tmp_path / "out", tokenizer_folder)
+    prepare(config)
+    first = content(tmp_path / "out")
+    pairs(path, range(30))
+    assert prepare(config, fresh=True).funnel["train"] == 30
+    assert content(tmp_path / "out.old-1") == first
+    second = content(tmp_path / "out")
+    prepare(config, fresh=True)
+    assert content(tmp_path / "out.old-1") == first
+    assert content(tmp_path / "out.old-2") == second
+
+
+def test_a_fresh_preparation_that_fails_keeps_the_old_folder(tmp_path, tokenizer_folder):
+    path = pairs(tmp_path / "a.jsonl", range(20))
+    config = config_of(path, tmp_path / "out", tokenizer_folder)
+    prepare(config)
+    first = content(tmp_path / "out")
+    path.write_text("{broken\n")
+    with pytest.raises(DataError, match="cannot be read"):
+        prepare(config, fresh=True)
+    assert content(tmp_path / "out") == first
+    assert not (tmp_path / "out.old-1").exists()
+    pairs(path, range(20))
+    assert prepare(config).was_already_prepared
+
+
+def test_too_many_unreadable_records_stop_it_with_the_first_ones_told(tmp_path, tokenizer_folder):
+    records = [{"prompt": sentence(n), "response": "yes"} for n in range(16)]
+    path = write_lines(tmp_path / "a.jsonl", [*records, {"prompt": "x"}, 7, {"prompt": 1, "response": "y"}, {}])
+    config = config_of(path, tmp_path / "out", tokenizer_folder, max_reject_fraction=0.15)
+    with pytest.raises(DataError, match=r"4 of 20 records cannot be read, more than max_reject_fraction 0\.15 allows") as e:
+        prepare(config)
+    assert f"{path}:17: missing_key: no 'response'" in str(e.value)
+    assert f"{path}:18: wrong_type" in str(e.value)
+    assert "mend them, name another schema, or raise the limit" in str(e.value)
+    assert len((tmp_path / ".out.partial" / "rejects.jsonl").read_text().splitlines()) == 4
+    assert prepare(config.model_copy(update={"max_reject_fraction": 0.2})).funnel["train"] == 16
+
+
+def test_records_that_are_read_and_left_out_are_not_unreadable(tmp_path, tokenizer_folder):
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": "the same", "response": "yes"}] * 50)
+    config = config_of(path, tmp_path / "out", tokenizer_folder, max_reject_fraction=0.0)
+    report = prepare(config)
+    assert report.funnel["drops"] == {"duplicate": 49}
+    kept = config.model_copy(update={"deduplicate": False, "out": str(tmp_path / "all")})
+    assert prepare(kept).funnel["train"] == 50
+
+
+def test_when_every_document_is_too_long_nothing_is_left(tmp_path, tokenizer_folder):
+    path = pairs(tmp_path / "a.jsonl", range(5))
+    with pytest.raises(DataError, match=r"no document is left to train on \(5 too_long\); see .*rejects\.jsonl"):
+        prepare(config_of(path, tmp_path / "out", tokenizer_folder, seq_len=8))
+    rejects = (tmp_path / ".out.partial" / "rejects.jsonl").read_text().splitlines()
+    assert len(rejects) == 5
+    assert "tokens, a row has 8" in rejects[0]
+
+
+def test_a_long_conversation_may_be_an_error(tmp_path, tokenizer_folder):
+    records = [{"prompt": "hi", "response": "yes"}, {"prompt": sentence(1) * 20, "response": "no"}]
+    path = write_lines(tmp_path / "a.jsonl", records)
+    config = config_of(path, tmp_path / "out", tokenizer_folder)
+    with pytest.raises(DataError, match=r"a\.jsonl:2: \d+ tokens, a row has 64; raise prepare\.seq_len, or set long_doc"):
+        prepare(config.model_copy(update={"long_documents": "error"}))
+    assert prepare(config).funnel["drops"] == {"too_long": 1}
+
+
+def test_long_text_is_split_and_loses_no_target(tmp_path, tokenizer_folder):
+    tokenizer = Tokenizer.load(str(tokenizer_folder))
+    texts = [" ".join(map(sentence, range(at, at + length))) for at, length in ((0, 1), (30, 40), (90, 9))]
+    (tmp_path / "a.txt").write_text("\n\n".join(texts) + "\n")
+    report = prepare(config_of(tmp_path / "a.txt", tmp_path / "out", tokenizer_folder, schema="text", long_documents="error"))
+    assert report.funnel == {"read": 3, "train": 3, "validation": 0, "drops": {}}
+    assert report.splits["train"]["documents"] > 3
+    assert report.splits["train"]["targets"] == sum(len(tokenizer.encode(text)) for text in texts)  # the end, not the first
+    assert "validation" not in report.splits
+    assert (tmp_path / "out" / "validation.jsonl").read_text() == ""
+
+
+def test_a_conversation_without_a_place_in_the_template_is_dropped(tmp_path, tokenizer_folder):
+    turn = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": turn}, {"messages": turn * 2}])
+    report = prepare(config_of(path, tmp_path / "out", tokenizer_folder, schema="messages"))
+    assert report.funnel == {"read": 2, "train": 1, "validation": 0, "drops": {"template_mismatch": 1}}
+    chat = config_of(path, tmp_path / "chat", tokenizer_folder, schema="messages", template="chat", seq_len=256)
+    assert prepare(chat).funnel["train"] == 2
+
+
+def test_the_labels_split_pairs_every_validation_prompt_with_every_label(tmp_path, tokenizer_folder):
+    records = [(("ham", "spam", "ham", "offer")[n % 4], sentence(n)) for n in range(120)]
+    path = labelled(tmp_path / "sms", records)
+    config = label_config(path, tmp_path / "out", tokenizer_folder, validation_fraction=0.3, seq_len=128)
+    report = prepare(config)
+    out = tmp_path / "out"
+    about = json.loads((out / "labels" / "labels.json").read_text())
+    held_out = list(read_conversations(out / "validation.jsonl"))
+    tokenizer, shards = Tokenizer.load(str(out / "tokenizer")), Shards.open(out / "labels", verify=True)
+
+    assert about["labels"] == ["ham", "offer", "spam"]
+    assert len(held_out) == report.funnel["validation"] > 10
+    assert [about["labels"][place] for place in about["truth"]] == [record.label for record in held_out]
+    assert sorted(map(tuple, about["candidates"])) == [(n, label) for n in range(len(held_out)) for label in range(3)]
+    wanted = [
+        f"Spam or ham?\n{held_out[number].turns[0].content}\nAnswer: {about['labels'][place]}"
+        for number, place in about["candidates"]
+    ]
+    assert decoded(shards, tokenizer) == wanted
+    assert shards.manifest.documents == 3 * len(held_out)
+
+    counts = Counter(label for label, _ in records)
+    counts.subtract(record.label for record in held_out)
+    assert about["positive"] == min(("ham", "offer", "spam"), key=lambda label: (counts[label], label))
+    assert {record.label for record in held_out} == {"ham", "offer", "spam"}
+
+
+def test_one_label_alone_is_no_label_task(tmp_path, tokenizer_folder):
+    path = labelled(tmp_path / "sms", [("ham", sentence(n)) for n in range(40)])
+    prepare(label_config(path, tmp_path / "out", tokenizer_folder, validation_fraction=0.3))
+    assert not (tmp_path / "out" / "labels").exists()
+
+
+@pytest.mark.parametrize("labels", [("ham", "spam"), ("ham",)], ids=["two labels", "one label"])
+def test_a_label_that_only_validation_has_is_refused(tmp_path, tokenizer_folder, labels):
+    train = labelled(tmp_path / "train.tsv", [(labels[n % len(labels)], sentence(n)) for n in range(20)])
+    held_out = labelled(tmp_path / "held.tsv", [("ham", sentence(50)), ("spma", sentence(51))])
+    config = label_config(train, tmp_path / "out", tokenizer_folder)
+    source = config.sources[0].model_copy(update={"path": str(held_out)})
+    with pytest.raises(DataError, match="label 'spma' is in the validation records only; correct it, or add training rec"):
+        prepare(config.model_copy(update={"validation_sources": [source]}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_that_does_not_fit_with_another_label_is_refused(tmp_path, tokenizer_folder):
+    tokenizer = Tokenizer.load(str(tokenizer_folder))
+    long = " ".join(map(sentence, range(6)))
+    seq_len = len(tokenizer.encode(SPAM.format(text=long) + " ham")) + 1
+    train = labelled(tmp_path / "train.tsv", [(("ham", "unsolicited message")[n % 2], sentence(n)) for n in range(20)])
+    held_out = labelled(tmp_path / "held.tsv", [("ham", long)])
+    config = label_config(train, tmp_path / "out", tokenizer_folder, seq_len=seq_len)
+    source = config.sources[0].model_copy(update={"path": str(held_out)})
+    config = config.model_copy(update={"validation_sources": [source]})
+    message = r"held\.tsv:1: does not fit a row with the answer 'unsolicited message'; raise prepare\.seq_len"
+    with pytest.raises(DataError, match=message):
+        prepare(config)
+    prepare(config.model_copy(update={"seq_len": seq_len + 20}))
+
+
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_a_prompt_of_the_validation_files_is_not_trained_on(tmp_path, tokenizer_folder, deduplicate):
+    held_out = pairs(tmp_path / "held.jsonl", range(5, 15))
+    train = pairs(tmp_path / "train.jsonl", range(10), answer="otherwise {}")
+    config = config_of(train, tmp_path / "out", tokenizer_folder, deduplicate=deduplicate)
+    source = SourceConfig(path=str(held_out), schema="prompt_response")
+    report = prepare(config.model_copy(update={"validation_sources": [source]}))
+    assert report.funnel == {"read": 20, "train": 5, "validation": 10, "drops": {"in_validation": 5}}
+    assert [r.where for r in read_conversations(tmp_path / "out" / "validation.jsonl")] == [
+        f"{held_out}:{number}" for number in range(1, 11)
+    ]
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [reject["where"] for reject in rejects] == [f"{train}:{number}" for number in range(6, 11)]
+
+
+def test_an_exact_repeat_of_a_validation_record_leaves_training_not_validation(tmp_path, tokenizer_folder):
+    held_out, train = pairs(tmp_path / "held.jsonl", range(3)), pairs(tmp_path / "train.jsonl", range(9))
+    source = SourceConfig(path=str(held_out), schema="prompt_response")
+    report = prepare(config_of(train, tmp_path / "out", tokenizer_folder, validation_sources=[source]))
+    assert report.funnel == {"read": 12, "train": 6, "validation": 3, "drops": {"duplicate": 3}}
+
+
+def test_without_a_tokenizer_it_says_what_to_name(tmp_path, tokenizer_folder):
+    config = config_of(pairs(tmp_path / "a.jsonl", range(9)), tmp_path / "out", None)
+    with pytest.raises(ConfigError, match=r"prepare\.tokenizer: missing, and the model has none of its own; name one, or"):
+        prepare(config)
+    assert prepare(config, default_tokenizer=str(tokenizer_folder)).funnel["train"] == 9
+
+
+def test_a_new_tokenizer_for_a_pre_trained_model_is_refused(tmp_path):
+    trained = TrainedTokenizer(sentencepiece=TRAINING)
+    config = config_of(pairs(tmp_path / "a.jsonl", range(9)), tmp_path / "out", trained)
+    with pytest.raises(ConfigError, match=r"does not fit the pre-trained gpt2; remove prepare\.tokenizer \(prepare\.tok"):
+        prepare(config, default_tokenizer="gpt2")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_trained_tokenizer_sees_the_training_split_only(tmp_path):
+    held_out = write_lines(tmp_path / "held.jsonl", [{"prompt": "Ω", "response": "Ω"}])
+    source = SourceConfig(path=str(held_out), schema="prompt_response")
+    path = pairs(tmp_path / "a.jsonl", range(200))
+    trained = TrainedTokenizer(sentencepiece=SentencePieceTraining(vocab_size=400))
+    config = config_of(path, tmp_path / "out", trained, validation_sources=[source])
+    report = prepare(config)
+    tokenizer = Tokenizer.load(str(tmp_path / "out" / "tokenizer"))
+    assert tokenizer.vocab_size == 400
+    assert "Ω" not in tokenizer.inner.get_vocab()
+    assert report.funnel["validation"] == 1
+    assert decoded(Shards.open(tmp_path / "out" / "validation"), tokenizer) == ["Ω\nΩ"]
+    assert prepare(config).was_already_prepared
+
+
+def test_conversations_are_read_back_as_they_were(tmp_path, tokenizer_folder):
+    odd = "line\none\ttab “quoted” 😀 \u2028 separator \x85 next \x0c feed"
+    turns = [("system", "be brief"), ("user", odd), ("assistant", "yes"), ("user", "more"), ("assistant", odd)]
+    messages = [{"role": role, "content": text, "loss": text != "yes"} for role, text in turns]
+    held_out = write_lines(tmp_path / "held.jsonl", [{"messages": messages}])
+    train = [[{"role": "user", "content": sentence(n)}, {"role": "assistant", "content": "ok"}] for n in range(9)]
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": each} for each in train])
+    source = SourceConfig(path=str(held_out), schema="messages")
+    config = config_of(path, tmp_path / "out", tokenizer_folder, "messages", template="chat", seq_len=512)
+    prepare(config.model_copy(update={"validation_sources": [source]}))
+    wanted = tuple(Turn(role, text, role == "assistant" and text != "yes") for role, text in turns)
+    assert list(read_conversations(tmp_path / "out" / "validation.jsonl")) == [Conversation(wanted, f"{held_out}:1")]
+
+
+def test_the_report_is_for_people(tmp_path, tokenizer_folder):
+    path = pairs(tmp_path / "a.jsonl", [*range(40), 0, 1])
+    config = config_of(path, tmp_path / "out", tokenizer_folder, validation_fraction=0.3)
+    report = prepare(config)
+    first, records, train, validation = report.describe().splitlines()
+    assert first == f"{tmp_path / 'out'}: prepared"
+    num_train, num_validation = report.funnel["train"], report.funnel["validation"]
+    assert records == (
+        f"  records: 42 read → {num_train} train, {num_validation} validation; dropped: 2 duplicate "
+        f"(see {tmp_path / 'out' / 'rejects.jsonl'})"
+    )
+    about = report.splits["train"]
+    assert train == (
+        f"  train: {about['rows']} rows of 64 hold {num_train} samples, {about['tokens']:,} tokens "
+        f"(fill {about['fill']:.1%}), {about['targets']:,} of them targets"
+    )
+    assert validation.startswith("  validation: ")
+    assert prepare(config).describe().splitlines()[0].endswith("out: already prepared, nothing changed")
+
+
+def test_the_report_of_a_clean_set_points_to_no_rejects(tmp_path, tokenizer_folder):
+    path = pairs(tmp_path / "a.jsonl", range(10))
+    records = prepare(config_of(path, tmp_path / "out", tokenizer_folder)).describe().splitlines()[1]
+    assert records == "  records: 10 read → 10 train, 0 validation; dropped: none"
+
+
+def test_progress_is_told_while_it_works(tmp_path, tokenizer_folder):
+    told = []
+    path = write_lines(tmp_path / "a.jsonl", ({"prompt": f"p{n}", "response": "y"} for n in range(2100)))
+    prepare(config_of(path, tmp_path / "out", tokenizer_folder), progress=lambda *args: told.append(args))
+    assert told == [("read", 1000), ("read", 2000), ("tokenise train", 1000), ("tokenise train", 2000)]

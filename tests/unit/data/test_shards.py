@@ -1,0 +1,109 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sft_dist.data.records import Document
+from sft_dist.data.shards import FORMAT_VERSION, Shards, write
+from sft_dist.errors import DataError
+
+ABOUT = {"eos_id": 0, "pad_id": 1, "tokenizer": "t", "template": "p"}
+
+
+def documents(lengths, vocab_size=50, seed=0):
+    draw = np.random.default_rng(seed)
+    made = []
+    for number, length in enumerate(lengths):
+        targets = [False, *(draw.random(length - 1) < 0.5).tolist()]
+        made.append(Document(draw.integers(0, vocab_size, length).tolist(), targets, f"f:{number}"))
+    return made
+
+
+ROWS = st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=9)
+
+
+@given(ROWS, st.integers(18, 23), st.integers(1, 4), st.sampled_from([50, 70_000]))
+@settings(max_examples=40, deadline=None)
+def test_what_is_read_is_what_was_written(tmp_path_factory, lengths, seq_len, rows_per_shard, vocab_size):
+    rows = [documents(row, vocab_size, seed) for seed, row in enumerate(lengths)]
+    folder = tmp_path_factory.mktemp("shards") / "train"
+    manifest = write(folder, rows, seq_len=seq_len, rows_per_shard=rows_per_shard, vocab_size=vocab_size, **ABOUT)
+    shards = Shards.open(folder, verify=True)
+    assert shards.manifest == manifest
+    batch = shards.rows(np.arange(len(rows)))
+    for number, row in enumerate(rows):
+        ids = [token for document in row for token in document.ids]
+        pad = seq_len - len(ids)
+        assert batch.lengths[number] == len(ids)
+        assert batch.tokens[number].tolist() == ids + [1] * pad
+        assert batch.targets[number].tolist() == [t for d in row for t in d.targets] + [False] * pad
+        assert batch.positions[number].tolist() == [p for d in row for p in range(len(d.ids))] + list(range(pad))
+        assert batch.documents[number].tolist() == [n for n, d in enumerate(row) for _ in d.ids] + [-1] * pad
+    everything = [document for row in rows for document in row]
+    tokens, targets = sum(len(d.ids) for d in everything), sum(d.num_targets for d in everything)
+    assert shards.count(np.arange(len(rows))) == (tokens, targets) == (manifest.tokens, manifest.targets)
+    assert shards.documents_per_row().tolist() == [len(row) for row in rows]
+
+
+def made(tmp_path):
+    folder = tmp_path / "train"
+    write(folder, [documents([5, 3]), documents([8])], seq_len=8, rows_per_shard=1, vocab_size=50, **ABOUT)
+    return folder
+
+
+def test_rows_come_in_the_order_asked_for_across_shards(tmp_path):
+    shards = Shards.open(made(tmp_path))
+    forward, backward = shards.rows(np.array([0, 1, 1])), shards.rows(np.array([1, 1, 0]))
+    assert (forward.tokens[::-1] == backward.tokens).all()
+
+
+def test_numpy_reads_the_files_with_no_parsing(tmp_path):
+    folder = made(tmp_path)
+    tokens = np.memmap(folder / "00001.tokens", dtype="<u2", mode="r").reshape(-1, 8)
+    assert tokens[0].tolist() == Shards.open(folder).rows(np.array([1])).tokens[0].tolist()
+
+
+def test_every_flipped_byte_is_found(tmp_path):
+    folder = made(tmp_path)
+    for path in sorted(folder.glob("0000*")):
+        content = bytearray(path.read_bytes())
+        for place in range(len(content)):
+            content[place] ^= 1
+            path.write_bytes(content)
+            with pytest.raises(DataError, match=f"{path.name}: its bytes are not the ones that were written"):
+                Shards.open(folder, verify=True)
+            content[place] ^= 1
+        path.write_bytes(content)
+    Shards.open(folder, verify=True)
+
+
+def test_each_damage_is_named_with_a_remedy(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere: no prepared shards there; run `sft-dist prepare RUN.yaml`"):
+        Shards.open(tmp_path / "nowhere")
+    folder = made(tmp_path)
+    manifest = (folder / "manifest.json").read_text()
+    for text, message in (
+        (manifest[:50], "manifest.json: damaged"),
+        (
+            json.dumps({**json.loads(manifest), "format_version": 99}),
+            f"format version 99, this program reads {FORMAT_VERSION}",
+        ),
+    ):
+        (folder / "manifest.json").write_text(text)
+        with pytest.raises(DataError, match=message):
+            Shards.open(folder)
+    (folder / "manifest.json").write_text(manifest)
+    (folder / "00000.targets").write_bytes(b"")
+    with pytest.raises(DataError, match=r"00000.targets: 0 bytes, the manifest says 1; prepare again"):
+        Shards.open(folder)
+    (folder / "00000.targets").unlink()
+    with pytest.raises(DataError, match=r"00000.targets: missing; prepare again"):
+        Shards.open(folder)
+
+
+def test_a_token_costs_two_bytes_and_a_quarter(tmp_path):
+    folder = tmp_path / "train"
+    write(folder, [documents([1024])] * 20, seq_len=1024, rows_per_shard=8, vocab_size=50_257, **ABOUT)
+    assert sum(path.stat().st_size for path in folder.glob("0*")) / (20 * 1024) < 2.3
