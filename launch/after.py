@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import transformers
-from sft_dist.data.tokenise import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_dist import evaluate as measure
 from sft_dist.data.loader import Loader
+from sft_dist.data.tokenise import Tokenizer
 from sft_dist.errors import ConfigError
 from sft_dist.export import ABOUT, export, read_run
 from sft_dist.topology import Topology
@@ -48,16 +48,21 @@ def _open(model: str) -> tuple[Any, str, str | None]:
 def evaluate_models(models: tuple[str, ...], shards: str | None, *, micro_batch_rows: int, as_json: bool) -> None:
     """Print the held-out numbers of each model."""
     for model in models:
-        loaded, tokenizer, own_shards = _open(model)
-        folder = shards or own_shards
-        if folder is None:
-            raise ConfigError(f"{model}: no shards are known for it; name prepared ones with --shards FOLDER")
-        values = _measure(loaded, tokenizer, Path(folder), model, micro_batch_rows)
+        values = measure_model(model, shards, micro_batch_rows=micro_batch_rows)
         if as_json:
             print(json.dumps({"model": model, **values}))
         else:
             shown = "  ".join(f"{name.removeprefix('validation_')} {value:.4f}" for name, value in values.items())
             print(f"{model}: {shown}")
+
+
+def measure_model(model: str, shards: str | None, *, micro_batch_rows: int) -> dict[str, float]:
+    """The held-out numbers of a run, an export or a hub model, on its own shards or named ones."""
+    loaded, tokenizer, own_shards = _open(model)
+    folder = shards or own_shards
+    if folder is None:
+        raise ConfigError(f"{model}: no shards are known for it; name prepared ones with --shards FOLDER")
+    return _measure(loaded, tokenizer, Path(folder), model, micro_batch_rows)
 
 
 def _measure(model: Any, tokenizer: str, folder: Path, name: str, micro_batch_rows: int) -> dict[str, float]:

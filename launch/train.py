@@ -20,9 +20,8 @@ from typing import Any
 if __package__ in (None, ""):  # started by path from a clone
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sft_dist.data.shards import Shards
-
 from sft_dist.config import Batch, RunConfig, derive_batch, load, num_steps, total_rows, zero_config, zero_stage
+from sft_dist.data.shards import Shards
 from sft_dist.errors import ConfigError, SftDistError
 from sft_dist.limits import StopRequest, Verdict
 from sft_dist.topology import Life, Topology
@@ -47,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         topology = Topology.from_environment()
         config = load(options.run_file, options.overrides)
-        return _run(Plan.of(config, topology, life, fresh=options.fresh), stop)
+        return run_plan(Plan.of(config, topology, life, fresh=options.fresh), stop)
     except SftDistError as error:
         if topology.is_main:
             print(f"sft-dist: {error}", file=sys.stderr, flush=True)
@@ -119,7 +118,7 @@ def _saved_identity(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _run(plan: Plan, stop: StopRequest) -> int:
+def run_plan(plan: Plan, stop: StopRequest) -> int:
     """Build the parts of a run and train."""
     from launch import parts
     from sft_dist.trainer import train

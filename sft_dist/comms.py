@@ -22,9 +22,7 @@ class Comms:
     [3, 0]
     """
 
-    def __init__(
-        self, topology: Topology, device: torch.device, *, timeout: timedelta = timedelta(minutes=30)
-    ) -> None:
+    def __init__(self, topology: Topology, device: torch.device, *, timeout: timedelta = timedelta(minutes=30)) -> None:
         self.topology, self.device = topology, device
         rendezvous = {"init_method": topology.rendezvous}
         if topology.world_size == 1:  # nobody to meet

@@ -20,8 +20,10 @@ class RankError(AssertionError):
     """A rank raised, or did not answer before the deadline; the text names it and shows its traceback."""
 
 
-def run_workers(function: Callable[..., Any], world_size: int, *arguments: Any, deadline: float = 120.0) -> list[Any]:
-    """`function(topology, *arguments)` on each rank; their results in rank order.
+def run_workers(
+    function: Callable[..., Any], world_size: int, *arguments: Any, deadline: float = 120.0, **more: Any
+) -> list[Any]:
+    """`function(topology, *arguments, **more)` on each rank; their results in rank order.
 
     Raises RankError with the first failing rank's traceback, or the names of the ranks that hung.
     """
@@ -31,7 +33,7 @@ def run_workers(function: Callable[..., Any], world_size: int, *arguments: Any, 
         for rank in range(world_size):
             mine, theirs = _CONTEXT.Pipe(duplex=False)
             process = _CONTEXT.Process(
-                target=_rank, args=(theirs, function, rank, world_size, init_method, arguments), daemon=True
+                target=_rank, args=(theirs, function, rank, world_size, init_method, arguments, more), daemon=True
             )
             process.start()
             theirs.close()
@@ -65,7 +67,13 @@ def _collect(ends: list[Connection], end: float, deadline: float) -> list[Any]:
 
 
 def _rank(
-    pipe: Connection, function: Callable[..., Any], rank: int, world_size: int, init_method: str, arguments: tuple
+    pipe: Connection,
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    init_method: str,
+    arguments: tuple,
+    more: dict,
 ) -> None:
     import torch
 
@@ -79,7 +87,7 @@ def _rank(
         with log.open("w") as sink:  # DeepSpeed is talkative; a failing rank's traceback comes back through the pipe
             os.dup2(sink.fileno(), 1)
             os.dup2(sink.fileno(), 2)
-        pipe.send((True, function(Topology(rank, world_size, rank, init_method), *arguments)))
+        pipe.send((True, function(Topology(rank, world_size, rank, init_method), *arguments, **more)))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
     finally:

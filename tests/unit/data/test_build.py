@@ -109,7 +109,9 @@ def test_a_funnel_knows_whether_it_is_exact(funnel, is_exact):
 
 
 def test_the_folder_holds_everything_and_nothing_is_left_beside_it(tmp_path, tokenizer_folder):
-    config = config_of(pairs(tmp_path / "a.jsonl", range(60)), tmp_path / "out", tokenizer_folder, validation_fraction=0.3)
+    config = config_of(
+        pairs(tmp_path / "a.jsonl", range(60)), tmp_path / "out", tokenizer_folder, validation_fraction=0.3
+    )
     report = prepare(config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out"]
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -129,7 +131,9 @@ def test_the_folder_holds_everything_and_nothing_is_left_beside_it(tmp_path, tok
 def test_a_preparation_that_fails_leaves_no_folder_and_its_remains_are_swept(tmp_path, tokenizer_folder):
     path = pairs(tmp_path / "a.jsonl", range(5), answer=" ")
     config = config_of(path, tmp_path / "out", tokenizer_folder)
-    with pytest.raises(DataError, match=r"no record is left to train on \(5 empty_response\); see .*rejects\.jsonl$") as e:
+    with pytest.raises(
+        DataError, match=r"no record is left to train on \(5 empty_response\); see .*rejects\.jsonl$"
+    ) as e:
         prepare(config)
     rejects = tmp_path / ".out.partial" / "rejects.jsonl"
     assert str(rejects) in str(e.value)
@@ -168,7 +172,9 @@ def test_what_was_prepared_otherwise_is_refused_and_named(tmp_path, tokenizer_fo
     before = content(tmp_path / "out")
 
     def refused(config, message):
-        with pytest.raises(DataError, match=rf"out: was prepared otherwise \({message}\)\. .*prepare anew with --fresh"):
+        with pytest.raises(
+            DataError, match=rf"out: was prepared otherwise \({message}\)\. .*prepare anew with --fresh"
+        ):
             prepare(config)
 
     refused(config.model_copy(update={"seq_len": 32}), r"prepare\.seq_len: 64 → 32")
@@ -191,7 +197,9 @@ def test_what_was_prepared_otherwise_is_refused_and_named(tmp_path, tokenizer_fo
 
 def test_another_model_with_another_tokenizer_of_its_own_is_another_preparation(tmp_path, tokenizer_folder):
     other = tmp_path / "other"
-    train_sentencepiece([sentence(n).upper() for n in range(200)], TRAINING).save(other, chat_template=None, model_max_length=64)
+    train_sentencepiece([sentence(n).upper() for n in range(200)], TRAINING).save(
+        other, chat_template=None, model_max_length=64
+    )
     config = config_of(pairs(tmp_path / "a.jsonl", range(9)), tmp_path / "out", None)
     prepare(config, default_tokenizer=str(tokenizer_folder))
     assert prepare(config, default_tokenizer=str(tokenizer_folder)).was_already_prepared
@@ -206,7 +214,9 @@ def test_a_folder_that_is_no_preparation_is_refused(tmp_path, tokenizer_folder, 
     (out / "thesis.txt").write_text("years of work")
     if about is not None:
         (out / "prepare.json").write_text(about)
-    with pytest.raises(DataError, match="out: exists and is not a finished preparation; move it away, or choose another"):
+    with pytest.raises(
+        DataError, match="out: exists and is not a finished preparation; move it away, or choose another"
+    ):
         prepare(config_of(pairs(tmp_path / "a.jsonl", range(9)), out, tokenizer_folder))
     assert (out / "thesis.txt").read_text() == "years of work"
 
@@ -243,7 +253,9 @@ def test_too_many_unreadable_records_stop_it_with_the_first_ones_told(tmp_path, 
     records = [{"prompt": sentence(n), "response": "yes"} for n in range(16)]
     path = write_lines(tmp_path / "a.jsonl", [*records, {"prompt": "x"}, 7, {"prompt": 1, "response": "y"}, {}])
     config = config_of(path, tmp_path / "out", tokenizer_folder, max_reject_fraction=0.15)
-    with pytest.raises(DataError, match=r"4 of 20 records cannot be read, more than max_reject_fraction 0\.15 allows") as e:
+    with pytest.raises(
+        DataError, match=r"4 of 20 records cannot be read, more than max_reject_fraction 0\.15 allows"
+    ) as e:
         prepare(config)
     assert f"{path}:17: missing_key: no 'response'" in str(e.value)
     assert f"{path}:18: wrong_type" in str(e.value)
@@ -274,7 +286,9 @@ def test_a_long_conversation_may_be_an_error(tmp_path, tokenizer_folder):
     records = [{"prompt": "hi", "response": "yes"}, {"prompt": sentence(1) * 20, "response": "no"}]
     path = write_lines(tmp_path / "a.jsonl", records)
     config = config_of(path, tmp_path / "out", tokenizer_folder)
-    with pytest.raises(DataError, match=r"a\.jsonl:2: \d+ tokens, a row has 64; raise prepare\.seq_len, or set long_doc"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:2: \d+ tokens, a row has 64; raise prepare\.seq_len, or set long_doc"
+    ):
         prepare(config.model_copy(update={"long_documents": "error"}))
     assert prepare(config).funnel["drops"] == {"too_long": 1}
 
@@ -283,10 +297,14 @@ def test_long_text_is_split_and_loses_no_target(tmp_path, tokenizer_folder):
     tokenizer = Tokenizer.load(str(tokenizer_folder))
     texts = [" ".join(map(sentence, range(at, at + length))) for at, length in ((0, 1), (30, 40), (90, 9))]
     (tmp_path / "a.txt").write_text("\n\n".join(texts) + "\n")
-    report = prepare(config_of(tmp_path / "a.txt", tmp_path / "out", tokenizer_folder, schema="text", long_documents="error"))
+    report = prepare(
+        config_of(tmp_path / "a.txt", tmp_path / "out", tokenizer_folder, schema="text", long_documents="error")
+    )
     assert report.funnel == {"read": 3, "train": 3, "validation": 0, "drops": {}}
     assert report.splits["train"]["documents"] > 3
-    assert report.splits["train"]["targets"] == sum(len(tokenizer.encode(text)) for text in texts)  # the end, not the first
+    assert report.splits["train"]["targets"] == sum(
+        len(tokenizer.encode(text)) for text in texts
+    )  # the end, not the first
     assert "validation" not in report.splits
     assert (tmp_path / "out" / "validation.jsonl").read_text() == ""
 
@@ -339,7 +357,9 @@ def test_a_label_that_only_validation_has_is_refused(tmp_path, tokenizer_folder,
     held_out = labelled(tmp_path / "held.tsv", [("ham", sentence(50)), ("spma", sentence(51))])
     config = label_config(train, tmp_path / "out", tokenizer_folder)
     source = config.sources[0].model_copy(update={"path": str(held_out)})
-    with pytest.raises(DataError, match="label 'spma' is in the validation records only; correct it, or add training rec"):
+    with pytest.raises(
+        DataError, match="label 'spma' is in the validation records only; correct it, or add training rec"
+    ):
         prepare(config.model_copy(update={"validation_sources": [source]}))
     assert not (tmp_path / "out").exists()
 
@@ -383,7 +403,9 @@ def test_an_exact_repeat_of_a_validation_record_leaves_training_not_validation(t
 
 def test_without_a_tokenizer_it_says_what_to_name(tmp_path, tokenizer_folder):
     config = config_of(pairs(tmp_path / "a.jsonl", range(9)), tmp_path / "out", None)
-    with pytest.raises(ConfigError, match=r"prepare\.tokenizer: missing, and the model has none of its own; name one, or"):
+    with pytest.raises(
+        ConfigError, match=r"prepare\.tokenizer: missing, and the model has none of its own; name one, or"
+    ):
         prepare(config)
     assert prepare(config, default_tokenizer=str(tokenizer_folder)).funnel["train"] == 9
 
@@ -391,7 +413,9 @@ def test_without_a_tokenizer_it_says_what_to_name(tmp_path, tokenizer_folder):
 def test_a_new_tokenizer_for_a_pre_trained_model_is_refused(tmp_path):
     trained = TrainedTokenizer(sentencepiece=TRAINING)
     config = config_of(pairs(tmp_path / "a.jsonl", range(9)), tmp_path / "out", trained)
-    with pytest.raises(ConfigError, match=r"does not fit the pre-trained gpt2; remove prepare\.tokenizer \(prepare\.tok"):
+    with pytest.raises(
+        ConfigError, match=r"does not fit the pre-trained gpt2; remove prepare\.tokenizer \(prepare\.tok"
+    ):
         prepare(config, default_tokenizer="gpt2")
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 

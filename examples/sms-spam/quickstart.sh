@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The whole line on real data, through the commands that a cluster uses too: quickstart.sh RUN.yaml RUN_DIR
+set -euo pipefail
+run=$1 dir=$2
+
+say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
+
+say sft-dist prepare "$run"
+say sft-dist train "$run" --nproc 2
+[ -d "$dir/export" ] || say sft-dist export "$dir" "$dir/export"
+say python examples/sms-spam/reload.py "$dir/export"
+say sft-dist eval "$dir/export"
+
+cat <<END
+
+The loss curve and the numbers before and after are above; TensorBoard shows more:
+  tensorboard --logdir $dir/tensorboard
+
+Three commands to try next (with $(dirname "$(command -v sft-dist)") on your PATH):
+  sft-dist chat $dir --prompt "Congratulations! You won a free cruise, call 0906 now to claim"
+  sft-dist inspect $dir/shards --row 0
+  sft-dist train $run --nproc 2 --fresh train.learning_rate=3e-3
+END

@@ -1,0 +1,104 @@
+"""Whole runs on a small, learnable task, as the equivalence classes need them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import yaml
+
+from sft_dist.limits import StopRequest
+
+SPAM, HAM = ("win", "cash", "prize", "claim", "free"), ("home", "lunch", "sorry", "later", "love")
+FILLER = ("the", "a", "you", "we", "to", "at", "now", "then", "and", "is", "very", "today")
+
+
+def write_records(path: Path, count: int = 260) -> None:
+    """Labelled messages whose words tell the label; lengths differ, so that rows hold different numbers of targets."""
+    draw = random.Random(0)
+    lines = []
+    for number in range(count):
+        label, words = draw.choice((("spam", SPAM), ("ham", HAM)))
+        text = " ".join(draw.choice(words + FILLER) for _ in range(draw.randint(3, 30)))
+        lines.append(f"{label}\t{text} {number}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def run_file(folder: Path, **train) -> Path:
+    """A run file on those records."""
+    write_records(folder / "messages")
+    config = {
+        "run_dir": str(folder / "run"),
+        "prepare": {
+            "sources": [
+                {"path": str(folder / "messages"), "schema": "label", "delimiter": "\t", "text": 1, "label": 0}
+            ],
+            "template": "Spam or ham?\n{text}\nAnswer:",
+            "tokenizer": {"sentencepiece": {"vocab_size": 340}},
+            "seq_len": 128,
+            "validation_fraction": 0.2,
+            "out": str(folder / "shards"),
+        },
+        "model": {"config": {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2}},
+        "train": {
+            "global_batch_rows": 8, "micro_batch_rows": 4, "max_steps": 12, "learning_rate": 3e-3, "precision": "fp32",
+            "weight_decay": 0.01, "warmup_ratio": 0.1, **train,
+        },
+        "evaluate": {"samples": 1, "max_new_tokens": 3},
+    }  # fmt: skip
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+class StopAt(StopRequest):
+    """The wish of one rank alone, once the run's own metrics show that step."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        super().__init__()
+        self.run_dir, self.step = run_dir, step
+
+    def is_wanted(self) -> bool:
+        if any(line["step"] >= self.step and "loss" in line for line in curve(self.run_dir)):
+            self.cause = "the test"
+        return self.cause is not None
+
+
+def run(topology, path, overrides=(), stop_at=None, stopping_rank=0):
+    """One rank of a whole run, through the same parts that torchrun's ranks are built from."""
+    import os
+
+    import torch
+
+    from launch import train
+    from sft_dist.config import load
+    from sft_dist.topology import Life
+
+    torch.set_num_threads(1)
+    os.environ["WORLD_SIZE"] = str(topology.world_size)
+    config = load(path, overrides)
+    stop = StopRequest()
+    if stop_at is not None and topology.rank == stopping_rank:
+        stop = StopAt(Path(config.run_dir), stop_at)
+    plan = train.Plan.of(config, topology, Life("test"), fresh=False)
+    return train.run_plan(plan, stop)
+
+
+def curve(run_dir: Path) -> list[dict]:
+    """The records of a run's metrics file."""
+    try:
+        return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    except (FileNotFoundError, ValueError):
+        return []
+
+
+def numbers(run_dir: Path) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step."""
+    return [(line["loss"], line["grad_norm"]) for line in curve(run_dir) if "loss" in line]
+
+
+def measured(run_dir: Path, step: int) -> dict[str, float]:
+    """What was measured on held-out data at a step."""
+    (line,) = [line for line in curve(run_dir) if line["step"] == step and "validation_loss" in line]
+    return {name: value for name, value in line.items() if name.startswith("validation_")}

@@ -1,0 +1,154 @@
+"""Equivalence classes of whole runs: what must not change the result does not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sft_dist.config import load
+from sft_dist.data.build import prepare
+from sft_dist.data.records import Document
+from sft_dist.data.shards import Shards, write
+from tests.dist.tiny import assert_same_curve
+from tests.invariants import runs
+from tests.workers import run_workers
+
+# losses are about 6: 1e-6 relative, and the norms' rounding
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("task")
+    path = runs.run_file(folder)
+    prepare(load(path).prepare)
+    return path
+
+
+@pytest.fixture
+def go(task, tmp_path):
+    """Run the task on so many ranks with overrides, in a run folder of its own; returns that folder."""
+
+    def start(name, world_size, *overrides, **more):
+        run_dir = tmp_path / name
+        codes = run_workers(runs.run, world_size, task, (f"run_dir={run_dir}", *overrides), **more)
+        assert set(codes) == {0}
+        return run_dir
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def reference(task, tmp_path_factory):
+    """One rank, one micro-batch a step, ZeRO 2."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    run_workers(runs.run, 1, task, (f"run_dir={run_dir}", "train.micro_batch_rows=8"))
+    assert len(runs.numbers(run_dir)) == 12
+    return run_dir
+
+
+def test_the_task_is_learned(reference):
+    before, after = runs.measured(reference, 0), runs.measured(reference, 12)
+    assert after["validation_loss"] < 0.8 * before["validation_loss"]
+    assert {"validation_accuracy", "validation_f1", "validation_perplexity"} < set(after)
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 2), (2, 4), (2, 1), (4, 2)])
+def test_splits_of_a_global_batch(go, reference, world_size, micro):
+    run_dir = go("run", world_size, f"train.micro_batch_rows={micro}")
+    assert_same_curve(runs.numbers(run_dir), runs.numbers(reference), tolerance=TOLERANCE)
+    for step in (0, 12):
+        ours, theirs = runs.measured(run_dir, step), runs.measured(reference, step)
+        assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=2e-6)
+        assert ours["validation_accuracy"] == theirs["validation_accuracy"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_zero_stages(go, reference, stage):
+    run_dir = go("run", 2, f"zero=ds_configs/zero{stage}.json")
+    assert_same_curve(runs.numbers(run_dir), runs.numbers(reference), tolerance=TOLERANCE)
+
+
+def one_document_a_row(source: Path, target: Path) -> int:
+    """The same documents, unpacked; returns the number of rows."""
+    shutil.copytree(source, target)
+    shards = Shards.open(source / "train")
+    batch = shards.rows(np.arange(shards.num_rows))
+    rows = []
+    for tokens, targets, documents in zip(batch.tokens, batch.targets, batch.documents, strict=True):
+        for number in range(documents.max() + 1):
+            chosen = documents == number
+            rows.append([Document(tokens[chosen].tolist(), targets[chosen].tolist(), "x:1")])
+    shutil.rmtree(target / "train")
+    names = ("seq_len", "rows_per_shard", "vocab_size", "eos_id", "pad_id", "tokenizer", "template")
+    write(target / "train", rows, **{name: getattr(shards.manifest, name) for name in names})
+    return len(rows)
+
+
+def test_packed_equals_one_document_a_row(go, task, tmp_path):
+    """A step is the whole set in both, so that it holds the same documents; packing must then not show."""
+    source = Path(load(task).prepare.out)
+    unpacked_rows = one_document_a_row(source, tmp_path / "unpacked")
+    packed_rows = Shards.open(source / "train").num_rows
+    assert unpacked_rows > 2 * packed_rows
+    common = ("train.micro_batch_rows=1", "train.max_steps=5", "evaluate.samples=0")
+    packed = (
+        go("packed", 2, f"train.global_batch_rows={packed_rows // 2 * 2}", *common) if packed_rows % 2 == 0 else None
+    )
+    packed = packed or go("packed", 1, f"train.global_batch_rows={packed_rows}", *common)
+    unpacked = go(
+        "unpacked", 1, f"train.global_batch_rows={unpacked_rows}", f"prepare.out={tmp_path / 'unpacked'}", *common
+    )
+    assert_same_curve(runs.numbers(unpacked), runs.numbers(packed), tolerance=TOLERANCE)
+
+
+DROPOUT = ("model.dropout=0.1", "train.micro_batch_rows=2")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(task, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    run_workers(runs.run, 2, task, (f"run_dir={run_dir}", *DROPOUT))
+    return run_dir
+
+
+@pytest.mark.parametrize("stopping_rank", [0, 1])
+def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(go, uninterrupted, stopping_rank):
+    """One rank alone wishes to stop, twice; dropout is on."""
+    for stop_at in (3, 7):
+        stopped = go_stopping(go, stop_at, stopping_rank)
+        assert len(runs.numbers(stopped)) < 12
+    run_dir = go("run", 2, *DROPOUT)
+    assert runs.numbers(run_dir) == runs.numbers(uninterrupted)
+    assert runs.measured(run_dir, 12) == runs.measured(uninterrupted, 12)
+
+
+def go_stopping(go, stop_at, stopping_rank, world_size=2):
+    """A run that is asked to stop at a step, by one rank."""
+    return go("run", world_size, *DROPOUT, stop_at=stop_at, stopping_rank=stopping_rank)
+
+
+def test_resumed_at_other_world_sizes(go, uninterrupted):
+    for world_size, stop_at in ((2, 3), (1, 7)):
+        go_stopping(go, stop_at, 0, world_size)
+    run_dir = go("run", 4, *DROPOUT, "zero=ds_configs/zero3.json")
+    assert_same_curve(runs.numbers(run_dir), runs.numbers(uninterrupted), tolerance=TOLERANCE)
+
+
+def test_the_export_measures_what_the_trainer_measured(go, reference, tmp_path):
+    ours = runs.measured(reference, 12)
+    theirs = run_workers(exported, 1, reference, tmp_path / "export")[0]
+    assert theirs["validation_loss"] == pytest.approx(ours["validation_loss"], rel=1e-6)
+    assert theirs["validation_accuracy"] == ours["validation_accuracy"]
+    assert theirs["validation_f1"] == ours["validation_f1"]
+
+
+def exported(topology, run_dir, out):
+    from launch.after import measure_model
+    from sft_dist.export import export
+
+    assert export(run_dir, out) == 12
+    return measure_model(str(out), None, micro_batch_rows=8)
