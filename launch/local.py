@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.train import Plan
+from launch.train import Plan, lock
 from sft_dist.config import RunConfig
 from sft_dist.limits import SIGNALS, Verdict
 from sft_dist.metrics import loss_curve, read_lines
@@ -42,6 +42,7 @@ def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: i
     0: completed; 128 + signal number: stopped on request, all saved; else what the ranks ended with.
     """
     describe(config, processes)  # raises what is wrong before anything starts
+    lock(Path(config.run_dir)).close()  # and the ranks would wait for one another before they said it
     life = time.strftime("local-%Y%m%d-%H%M%S") + f"-{os.getpid()}"
     with tempfile.TemporaryDirectory(prefix="sft-dist-") as folder:
         stop_file = Path(folder) / "stop"
@@ -61,7 +62,7 @@ def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: i
     if verdict.reason == "completed":
         print(summary(config), flush=True)
         return 0
-    return 2 if verdict.reason == "refused" else 1
+    return verdict.exit_code
 
 
 def _forward_signals(process: subprocess.Popen, stop_file: Path) -> list[int]:

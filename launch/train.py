@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 if __package__ in (None, ""):  # started by path from a clone
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"sft-dist: {error}", file=sys.stderr, flush=True)
             if config is not None:
                 reason = "diverged" if type(error).__name__ == "DivergedError" else "refused"
-                Verdict(life.name, reason, -1, str(error)).write(Path(config.run_dir) / "verdicts")
+                Verdict(life.name, reason, -1, str(error), error.exit_code).write(Path(config.run_dir) / "verdicts")
         return error.exit_code
 
 
@@ -123,6 +123,7 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     from launch import parts
     from sft_dist.trainer import train
 
+    held = lock(plan.run_dir) if plan.topology.is_main else None  # noqa: F841  (held while it is referred to)
     model, made = parts.model(plan)
     identity = parts.identity(plan, made)
     checkpoints = parts.checkpoints(plan, identity)
@@ -131,10 +132,6 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
 
     comms, device = parts.comms(plan)
     checkpoints.comms = comms
-    lock = _lock(plan) if plan.topology.is_main else None
-    refusal = comms.broadcast(lock if isinstance(lock, str) else None)
-    if refusal:
-        raise ConfigError(refusal)
     if plan.topology.is_main:
         if plan.is_fresh:
             set_aside(plan.run_dir)
@@ -184,14 +181,17 @@ def _last_word(plan: Plan, reason: str, step: int, detail: str) -> str:
     return f"stopped after step {step} of {plan.steps} ({detail}); {kept}. The same command goes on from there"
 
 
-def _lock(plan: Plan) -> Any:
-    """Hold the run folder for as long as this process lives (a kill releases it); the text of a refusal otherwise."""
-    plan.run_dir.mkdir(parents=True, exist_ok=True)
-    file = (plan.run_dir / ".lock").open("w")
+def lock(run_dir: Path) -> TextIO:
+    """Hold the run folder for as long as the file stays open: a kill releases it too. Raises ConfigError when it is held."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = (run_dir / ".lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        return f"run_dir: {plan.run_dir} is in use by another run; wait for it, stop it, or choose another run_dir"
+        file.close()
+        raise ConfigError(
+            f"run_dir: {run_dir} is in use by another run; wait for it, stop it, or choose another run_dir"
+        ) from None
     return file
 
 

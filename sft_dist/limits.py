@@ -57,6 +57,7 @@ class Verdict:
     reason: Reason
     step: int
     detail: str
+    exit_code: int = 0  # what a launcher should end with; torchrun turns every failure into 1
 
     def write(self, folder: Path) -> Path:
         """Publish as `folder/<life>.json`, whole or not at all."""

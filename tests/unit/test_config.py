@@ -151,9 +151,15 @@ def test_an_unknown_key_gets_the_nearest_one(tmp_path, key, value, message):
     assert refusal(path) == f"{path}: {message}"
 
 
-@pytest.mark.parametrize("override", ["int=3", "str=x", "train.int=3", "train..epochs=3", ".x=3", "1=2", "train.1=2", "true=1"])
-def test_no_key_is_too_odd_to_be_told(tmp_path, override):
-    assert override.partition("=")[0].rpartition(".")[2] in refusal(written(tmp_path), override)
+@pytest.mark.parametrize("key", ["int", "str", "train.int", "function-x"])  # what pydantic calls branches of a union
+def test_no_key_is_too_odd_to_be_named(tmp_path, key):
+    path = written(tmp_path)
+    assert refusal(path, f"{key}=3").startswith(f"{path}: {key}: unknown key (value 3); ")
+
+
+@pytest.mark.parametrize("override", ["train..epochs=3", ".x=3", "train.=3"])
+def test_empty_parts_of_a_key_are_unknown_keys(tmp_path, override):
+    assert "unknown key" in refusal(written(tmp_path), override)
 
 
 @pytest.mark.parametrize("text", ["1: x", "true: x", "~: x", "[1, 2]: x", "train: {1: x}"])
@@ -302,7 +308,10 @@ CROSS_FIELD = [
         {"model": {"config": {"model_type": "gpt2"}, "init": "pretrained"}},
         "model: init: pretrained needs name_or_path; name a model, or say init: scratch",
     ),
-    ({"train": {"epochs": 1}}, "train: exactly one of global_batch_rows and global_batch_samples is needed; add or remove one"),
+    (
+        {"train": {"epochs": 1}},
+        "train: exactly one of global_batch_rows and global_batch_samples is needed; add or remove one",
+    ),
     (
         {"train": {"epochs": 1, "global_batch_rows": 8, "global_batch_samples": 8}},
         "train: exactly one of global_batch_rows and global_batch_samples is needed; add or remove one",
@@ -334,7 +343,9 @@ def test_a_model_is_pre_trained_or_from_scratch(values, is_scratch):
 def test_bf16_needs_a_zero_stage(tmp_path):
     path = written(tmp_path, zero="ds_configs/zero0.json")
     message = refusal(path)
-    assert message.startswith(f"{path}: train.precision: 'bf16' is not allowed at ZeRO stage 0 (ds_configs/zero0.json): ")
+    assert message.startswith(
+        f"{path}: train.precision: 'bf16' is not allowed at ZeRO stage 0 (ds_configs/zero0.json): "
+    )
     assert message.endswith("Use ds_configs/zero1.json, or train.precision=fp32")
     assert load(path, ["train.precision=fp32"]).train.precision == "fp32"
     assert load(path, ["zero=ds_configs/zero1.json"]).train.precision == "bf16"
@@ -361,7 +372,10 @@ def test_no_stage_is_stage_0():
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("ds_configs/zero22.json", "did you mean ds_configs/zero2.json?"), ("qqq", "shipped: zero0.json, zero1.json, zero2.json")],
+    [
+        ("ds_configs/zero22.json", "did you mean ds_configs/zero2.json?"),
+        ("qqq", "shipped: zero0.json, zero1.json, zero2.json"),
+    ],
 )
 def test_a_missing_deepspeed_file_gets_a_hint(name, hint):
     with pytest.raises(ConfigError) as raised:
@@ -453,7 +467,9 @@ def test_a_resumed_run_keeps_the_rows_it_started_with():
     assert derive_batch(config, 1, 10.0).global_batch_rows == 10
     assert derive_batch(config, 4, 10.0).global_batch_rows == 8
     assert derive_batch(config, 5, 10.0, resumed_rows=20).global_batch_rows == 20
-    with pytest.raises(ConfigError, match=r"10 is not a multiple of micro_batch_rows 2 x 4 processes = 8\. Use 8 or 16"):
+    with pytest.raises(
+        ConfigError, match=r"10 is not a multiple of micro_batch_rows 2 x 4 processes = 8\. Use 8 or 16"
+    ):
         derive_batch(config, 4, 10.0, resumed_rows=10)
     assert derive_batch(rows_of(), 1, 10.0, resumed_rows=16).global_batch_rows == 8  # a batch in rows says itself
 

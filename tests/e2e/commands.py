@@ -1,0 +1,50 @@
+"""Commands as a person types them, in a folder that looks like a clone but whose runs go elsewhere."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def clone(folder: Path) -> Path:
+    """A folder with the project's own folders in it."""
+    for name in ("launch", "examples", "ds_configs", "slurm"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def start(command: str, folder: Path, **more) -> subprocess.Popen:
+    """Start a command there, its output joined and readable line by line."""
+    return subprocess.Popen(
+        shlex.split(command),
+        cwd=folder,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **more,
+    )
+
+
+def run(command: str, folder: Path, *, code: int = 0, deadline: float = 180.0) -> str:
+    """Run a command there to its end and return what it printed; fails when it ends with another code."""
+    process = start(command, folder)
+    try:
+        output, _ = process.communicate(timeout=deadline)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(f"{command}: no end within {deadline:.0f} s") from None
+    assert process.returncode == code, f"{command} ended with {process.returncode}:\n{output}"
+    return output

@@ -1,0 +1,62 @@
+"""The README, executed: every command it shows, in its order, with the training cut short."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.e2e.commands import ROOT, clone, run
+
+SHORT = "train.max_steps=4 evaluate.samples=1 train.global_batch_rows=8 train.micro_batch_rows=1"
+# Shown, and why they are not run here.
+ELSEWHERE = {
+    "make quickstart": "by .ci/run",
+    "make test": "this is it",
+    "deepspeed": "its launcher counts accelerators and finds none on a CPU machine",
+    "sbatch": "needs a cluster",
+    "tensorboard": "a server that does not end",
+}
+
+
+def commands() -> list[str]:
+    """The lines of the README's bash blocks without their comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = [line.partition("   #")[0].rstrip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return clone(tmp_path_factory.mktemp("readme"))
+
+
+def test_every_command_of_the_readme_runs(folder):
+    shown = commands()
+    outputs = {}
+    for command in shown:
+        if command.startswith(tuple(ELSEWHERE)):
+            continue
+        is_training = (
+            "train" in command.split("runs/")[0] and "--print-config" not in command and "prepare" not in command
+        )
+        outputs[command] = run(f"{command} {SHORT}" if is_training else command, folder)
+    said = "\n".join(outputs.values())
+    for words in (
+        "5,574 read → 4,106 train, 1,054 validation; dropped: 414 duplicate",
+        "tokens a row", "⟦sample 0⟧", "42 an epoch", "held-out accuracy", "accuracy 0.", "exported step 4",
+        # torchrun's eight processes find the run finished by the two before them
+        "resuming from step 4 of 4", "completed: 4 of 4 steps",
+    ):  # fmt: skip
+        assert words in said, words
+    assert len(outputs) == 10
+    before, after = (json.loads(line) for line in metrics(folder) if "validation_accuracy" in line)
+    assert after["validation_loss"] < before["validation_loss"]
+    assert {"run.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "verdicts", "export"} <= {
+        path.name for path in (folder / "runs" / "sms-spam").iterdir()
+    }
+
+
+def metrics(folder):
+    return (folder / "runs" / "sms-spam" / "metrics.jsonl").read_text().splitlines()
