@@ -41,18 +41,20 @@ def test_every_command_of_the_readme_runs(folder):
         is_training = (
             "train" in command.split("runs/")[0] and "--print-config" not in command and "prepare" not in command
         )
-        outputs[command] = run(f"{command} {SHORT}" if is_training else command, folder)
+        # eight ranks go on where the two before them ended
+        more = f"{SHORT} train.max_steps=6" if "torchrun" in command else SHORT
+        outputs[command] = run(f"{command} {more}" if is_training else command, folder)
     said = "\n".join(outputs.values())
     for words in (
         "5,574 read → 4,106 train, 1,054 validation; dropped: 414 duplicate",
         "tokens a row", "⟦sample 0⟧", "42 an epoch", "held-out accuracy", "accuracy 0.", "exported step 4",
-        # torchrun's eight processes find the run finished by the two before them
-        "resuming from step 4 of 4", "completed: 4 of 4 steps",
+        "completed: 4 of 4 steps", "1 accumulated x 8 processes", "resuming from step 4 of 6", "completed: 6 of 6 steps",
     ):  # fmt: skip
         assert words in said, words
     assert len(outputs) == 10
-    before, after = (json.loads(line) for line in metrics(folder) if "validation_accuracy" in line)
-    assert after["validation_loss"] < before["validation_loss"]
+    measured = [json.loads(line)["validation_loss"] for line in metrics(folder) if "validation_accuracy" in line]
+    assert measured == sorted(measured, reverse=True)
+    assert len(measured) == 3
     assert {"run.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "verdicts", "export"} <= {
         path.name for path in (folder / "runs" / "sms-spam").iterdir()
     }

@@ -4,6 +4,8 @@ import torch
 from sft_dist.comms import Comms
 from sft_dist.topology import Topology
 
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for one another
+
 
 @pytest.fixture(scope="session")
 def comms():

@@ -8,7 +8,8 @@ from sft_dist.attention import packed_logits
 from sft_dist.config import ModelConfig, PrepareConfig, SentencePieceTraining, SourceConfig, TrainedTokenizer
 from sft_dist.data.build import prepare, read_conversations
 from sft_dist.data.loader import Loader
-from sft_dist.data.records import Conversation, Turn
+from sft_dist.data.records import Conversation, Document, Turn
+from sft_dist.data.shards import write
 from sft_dist.data.template import template_from
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.errors import DataError
@@ -139,6 +140,13 @@ def test_the_ranks_of_a_world_share_the_rows_out(data, forward, comms):
     whole = validation_loss(forward, Loader(shards, Topology(), seed=0, micro_batch_rows=4, shuffle=False), comms)
     assert count == shards.manifest.targets
     assert whole["validation_loss"] == pytest.approx(total / count, rel=1e-12)
+
+
+def test_a_set_without_targets_has_no_loss(tmp_path, forward, comms):
+    about = {"vocab_size": 50, "eos_id": 0, "pad_id": 0, "tokenizer": "t", "template": "p"}
+    write(tmp_path / "validation", [[Document([3, 4], [False, False], "f:1")]], seq_len=4, rows_per_shard=1, **about)
+    loader = Loader(open_shards(tmp_path, "validation"), Topology(), seed=0, micro_batch_rows=1)
+    assert validation_loss(forward, loader, comms) == {}
 
 
 def test_perplexity_of_a_hopeless_model_is_a_number(data, comms, tokenizer):

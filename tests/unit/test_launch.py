@@ -140,7 +140,12 @@ def test_print_config_shows_every_value_and_the_derived_numbers(run, tmp_path):
     assert RunConfig.model_validate(values) == load(run, ["train.learning_rate=1e-3"])
     assert values["train"]["beta2"] == 0.999  # a default, resolved
     assert values["prepare"]["sources"][0]["schema"] == "label"
-    for part in ("of 64 tokens", "step: 4 rows = ", " = 1 a micro-batch x 2 accumulated x 2 processes", "ZeRO stage 2, fp32, learning rate 0.001"):
+    for part in (
+        "of 64 tokens",
+        "step: 4 rows = ",
+        " = 1 a micro-batch x 2 accumulated x 2 processes",
+        "ZeRO stage 2, fp32, learning rate 0.001",
+    ):
         assert part in numbers
     assert not (tmp_path / "run").exists()
 
@@ -178,7 +183,9 @@ def test_inspect_shows_numbers_and_rows(shards):
 
 
 def test_inspect_refuses_what_is_not_there(shards, tmp_path):
-    one_line(sft_dist("inspect", tmp_path), 2, "no shards there; run `sft-dist prepare RUN.yaml`, or name its prepare.out")
+    one_line(
+        sft_dist("inspect", tmp_path), 2, "no shards there; run `sft-dist prepare RUN.yaml`, or name its prepare.out"
+    )
     one_line(sft_dist("inspect", shards / "out", "--row", "99999"), 2, "--row 99999: there are rows 0 to ")
 
 
@@ -196,7 +203,11 @@ def test_training_without_shards_is_code_2_before_anything_starts(tmp_path):
 
 
 def test_a_batch_that_does_not_divide_is_code_2_before_anything_starts(run):
-    one_line(sft_dist("train", run, "--nproc", "3"), 2, "4 is not a multiple of micro_batch_rows 1 x 3 processes = 3. Use 3 or 6")
+    one_line(
+        sft_dist("train", run, "--nproc", "3"),
+        2,
+        "4 is not a multiple of micro_batch_rows 1 x 3 processes = 3. Use 3 or 6",
+    )
 
 
 def plan(run, *overrides, world_size=1, fresh=False):
@@ -248,7 +259,11 @@ def test_set_aside_moves_what_a_run_left_and_keeps_the_rest(tmp_path):
         (run_dir / "checkpoints" / "step-00000001" / "state.json").write_text(f"state {number}")
         (run_dir / "notes.txt").write_text("mine")
         assert train.set_aside(run_dir) == run_dir / f"previous-{number}"
-        assert sorted(p.name for p in (run_dir / f"previous-{number}").iterdir()) == ["checkpoints", "run.yaml", "tensorboard"]
+        assert sorted(p.name for p in (run_dir / f"previous-{number}").iterdir()) == [
+            "checkpoints",
+            "run.yaml",
+            "tensorboard",
+        ]
     for number in (1, 2):
         aside = run_dir / f"previous-{number}"
         assert (aside / "run.yaml").read_text() == f"run {number}"
@@ -257,15 +272,15 @@ def test_set_aside_moves_what_a_run_left_and_keeps_the_rest(tmp_path):
     assert train.set_aside(run_dir) is None
 
 
-def test_a_run_folder_has_one_run_at_a_time(run):
-    made = plan(run)
-    held = train._lock(made)
-    refusal = train._lock(made)
-    assert refusal == f"run_dir: {made.run_dir} is in use by another run; wait for it, stop it, or choose another run_dir"
+def test_a_run_folder_has_one_run_at_a_time(run, tmp_path):
+    held = train.lock(tmp_path / "run")
+    message = r"run_dir: .*run is in use by another run; wait for it, stop it, or choose another run_dir"
+    with pytest.raises(ConfigError, match=message):
+        train.lock(tmp_path / "run")
+    one_line(sft_dist("train", run), 2, "run is in use by another run; wait for it")
+    train.lock(tmp_path / "another").close()
     held.close()
-    again = train._lock(made)
-    assert not isinstance(again, str)
-    again.close()
+    train.lock(tmp_path / "run").close()
 
 
 def test_the_last_word_says_how_to_go_on(run):
@@ -295,9 +310,9 @@ def test_a_rank_that_cannot_start_says_why_and_leaves_a_verdict(tmp_path, enviro
     path = run_file(tmp_path, tmp_path / "nowhere", tmp_path / "sms")
     assert train.main([str(path), "--fresh", "--local_rank=0", "train.epochs=3"]) == 2
     assert "no prepared shards there" in capsys.readouterr().err
-    verdict = Verdict.read(tmp_path / "run" / "verdicts", "life-0")
-    assert (verdict.reason, verdict.step) == ("refused", -1)
-    assert "no prepared shards there" in verdict.detail
+    left = Verdict.read(tmp_path / "run" / "verdicts", "life-0")
+    assert (left.reason, left.step, left.exit_code) == ("refused", -1, 2)
+    assert "no prepared shards there" in left.detail
 
 
 def test_only_the_main_rank_speaks(tmp_path, environment, capsys):
@@ -417,18 +432,19 @@ def launcher(folder, monkeypatch, body):
     monkeypatch.setattr(sys, "executable", str(script))
 
 
-def verdict(folder, reason):
-    text = json.dumps({"life": "x", "reason": reason, "step": 3, "detail": ""})
+def verdict(folder, reason, exit_code=0):
+    text = json.dumps({"life": "x", "reason": reason, "step": 3, "detail": "", "exit_code": exit_code})
     return f"mkdir -p {folder}/run/verdicts; echo '{text}' > {folder}/run/verdicts/$SFT_DIST_LIFE-0.json"
 
 
 @pytest.mark.parametrize(
-    ("reason", "ends_with", "code"),
-    [("completed", 0, 0), ("stopped", 0, 128 + signal.SIGTERM), ("refused", 1, 2), ("diverged", 1, 1)],
-)
-def test_the_exit_code_is_the_verdicts(run, tmp_path, monkeypatch, capsys, reason, ends_with, code):
+    ("reason", "told", "ends_with", "code"),
+    [("completed", 0, 0, 0), ("stopped", 0, 0, 128 + signal.SIGTERM), ("refused", 3, 1, 3), ("refused", 2, 1, 2), ("diverged", 1, 1, 1)],
+)  # fmt: skip
+def test_the_exit_code_is_the_verdicts(run, tmp_path, monkeypatch, capsys, reason, told, ends_with, code):
     metrics_of(tmp_path / "run")
-    launcher(tmp_path, monkeypatch, f'{verdict(tmp_path, reason)}; echo "$@" > {tmp_path}/arguments; exit {ends_with}')
+    left = verdict(tmp_path, reason, told)
+    launcher(tmp_path, monkeypatch, f'{left}; echo "$@" > {tmp_path}/arguments; exit {ends_with}')
     overrides = ["train.epochs=1"]
     assert local.run(load(run, overrides), str(run), overrides, 2, fresh=True) == code
     assert ("next:" in capsys.readouterr().out) == (reason == "completed")
@@ -450,7 +466,9 @@ def test_ranks_that_leave_no_verdict_are_a_failure(run, tmp_path, monkeypatch, c
 
 def test_the_first_signal_asks_and_the_ranks_end_by_themselves(run, tmp_path, monkeypatch, capfd):
     wait = "while [ ! -e $SFT_DIST_STOP_FILE ]; do echo waiting > $SFT_DIST_STOP_FILE.not; sleep 0.05; done"
-    launcher(tmp_path, monkeypatch, f"{wait}; cat $SFT_DIST_STOP_FILE > {tmp_path}/cause; {verdict(tmp_path, 'stopped')}")
+    launcher(
+        tmp_path, monkeypatch, f"{wait}; cat $SFT_DIST_STOP_FILE > {tmp_path}/cause; {verdict(tmp_path, 'stopped')}"
+    )
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     assert local.run(load(run), str(run), [], 1, fresh=False) == 128 + signal.SIGINT
@@ -495,7 +513,9 @@ def model(shards, tmp_path_factory):
 def test_what_cannot_be_evaluated_is_one_line(model, shards, tmp_path):
     one_line(sft_dist("eval", tmp_path / "nowhere"), 2, "nowhere: neither a run folder nor a model (")
     one_line(sft_dist("eval", model), 2, "no shards are known for it; name prepared ones with --shards FOLDER")
-    one_line(sft_dist("eval", model, "--shards", tmp_path), 2, "has no validation split; set prepare.validation_fraction")
+    one_line(
+        sft_dist("eval", model, "--shards", tmp_path), 2, "has no validation split; set prepare.validation_fraction"
+    )
     other = tmp_path / "other"
     path = run_file(tmp_path, other, shards / "sms", prepare__tokenizer={"sentencepiece": {"vocab_size": 310}})
     assert sft_dist("prepare", path).exit_code == 0
@@ -521,12 +541,20 @@ def test_chat_answers_within_the_context_or_says_why_not(model, tmp_path):
 
     answered = sft_dist("chat", model, "--prompt", "hello", "--max-new-tokens", "3")
     assert answered.exit_code == 0, answered.output
-    one_line(sft_dist("chat", model, "--prompt", "hello " * 100), 2, "tokens do not leave room in a context of 64; shorten it")
+    one_line(
+        sft_dist("chat", model, "--prompt", "hello " * 100),
+        2,
+        "tokens do not leave room in a context of 64; shorten it",
+    )
     plain = shutil.copytree(model, tmp_path / "plain")
     about = json.loads((plain / "tokenizer_config.json").read_text())
     del about["chat_template"]
     (plain / "tokenizer_config.json").write_text(json.dumps(about))
-    one_line(sft_dist("chat", plain, "--prompt", "x"), 2, "its tokenizer has no chat template; export it from a run, or add one")
+    one_line(
+        sft_dist("chat", plain, "--prompt", "x"),
+        2,
+        "its tokenizer has no chat template; export it from a run, or add one",
+    )
     (plain / "tokenizer.json").unlink()
     (plain / "tokenizer_config.json").unlink()
     result = sft_dist("chat", plain, "--prompt", "x")

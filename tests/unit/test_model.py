@@ -117,7 +117,7 @@ def test_a_context_that_a_row_exceeds_is_refused(values):
 
 def test_a_context_of_a_pre_trained_model_is_checked_too(tmp_path):
     folder_of(tmp_path)
-    with pytest.raises(ModelError, match="a context of 16 tokens is shorter than prepare.seq_len 17"):
+    with pytest.raises(ModelError, match=r"a context of 16 tokens is shorter than prepare.seq_len 17"):
         model_config(ModelConfig(name_or_path=str(tmp_path)), **{**SHARDS, "seq_len": 17})
 
 
@@ -132,7 +132,7 @@ def test_a_configuration_that_makes_no_model_is_refused(values):
 
 
 def test_a_number_of_heads_that_does_not_divide_is_refused():
-    with pytest.raises(ModelError, match="^model: cannot load"):
+    with pytest.raises(ModelError, match=r"^model: cannot load"):
         scratch({**GPT2, "n_head": 3})
 
 
@@ -201,7 +201,7 @@ def test_gradient_checkpointing_changes_no_gradient(values):
     gradients = []
     for is_on in (False, True):
         model = scratch(values, gradient_checkpointing=is_on).train()
-        assert model.is_gradient_checkpointing == is_on
+        assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == is_on
         packed_logits(model, tokens, torch.arange(16)[None]).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-7) for one, other in zip(*gradients, strict=True))
