@@ -56,7 +56,7 @@ def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: i
     verdict = Verdict.read(Path(config.run_dir) / "verdicts", f"{life}-0")
     if verdict is None:
         print(f"sft-dist: the ranks ended with code {code} and left no verdict: see the error above", file=sys.stderr)
-        return code or 1
+        return 128 - code if code < 0 else code or 1
     if verdict.reason == "stopped":
         return 128 + (asked[0] if asked else signal.SIGTERM)
     if verdict.reason == "completed":
@@ -88,6 +88,7 @@ def _relay(process: subprocess.Popen) -> None:
     held = ""
     for line in process.stderr:
         if held and "<frozen runpy>" in line:
+            held = ""
             break  # torchrun's traceback; a rank's begins in train.py
         if line.startswith("Traceback"):
             held = line
@@ -95,6 +96,7 @@ def _relay(process: subprocess.Popen) -> None:
             sys.stderr.write(held + line)
             sys.stderr.flush()
             held = ""
+    sys.stderr.write(held)
     for _ in process.stderr:  # the rest of torchrun's table
         pass
 

@@ -112,8 +112,8 @@ def _saved_identity(folder: Path) -> dict[str, Any]:
     """What the newest checkpoint says it belongs to; empty when there is none to read."""
     for path in sorted(folder.glob("step-*/manifest.json"), reverse=True):
         try:
-            return json.loads(path.read_text())["identity"]
-        except (OSError, ValueError, KeyError):
+            return dict(json.loads(path.read_text())["identity"])
+        except (OSError, ValueError, KeyError, TypeError):
             continue
     return {}
 
@@ -123,7 +123,7 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     from launch import parts
     from sft_dist.trainer import train
 
-    held = lock(plan.run_dir) if plan.topology.is_main else None  # noqa: F841  (held while it is referred to)
+    held = lock(plan.run_dir) if plan.topology.is_main else None
     model, made = parts.model(plan)
     identity = parts.identity(plan, made)
     checkpoints = parts.checkpoints(plan, identity)
@@ -171,6 +171,8 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
         print(_last_word(plan, reason, state.step, detail), flush=True)
     comms.barrier()
     comms.close()
+    if held is not None:
+        held.close()
     return 0
 
 

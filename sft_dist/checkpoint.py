@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -149,8 +150,10 @@ class Checkpoints:
             else:
                 shutil.copyfile(source, partial / name)
         for path in sorted(partial.rglob("*")):
-            if path.is_file() and path.name not in files:
-                files[path.relative_to(partial).as_posix()] = _describe(path)
+            name = path.relative_to(partial).as_posix()
+            if path.is_file() and name not in files:
+                _fsync(path)
+                files[name] = _describe(path)
         manifest = {
             "format_version": FORMAT_VERSION,
             "step": state.step,
@@ -159,7 +162,7 @@ class Checkpoints:
             "identity": self.identity,
             "files": files,
         }
-        _write_json(partial / "manifest.json", manifest)
+        _write_json(partial / "manifest.json", {**manifest, "digest": _digest_of(manifest)})
         _fsync(partial)
         if final.exists():  # the same step, saved by an earlier life and damaged since, or rewritten on purpose
             _set_aside(final)
@@ -179,8 +182,8 @@ class Checkpoints:
         """
         for path in reversed(_folders(self.folder)):
             try:
-                saved = json.loads((path / "manifest.json").read_text())["identity"]
-            except (OSError, ValueError, KeyError):
+                saved = dict(json.loads((path / "manifest.json").read_text())["identity"])
+            except (OSError, ValueError, KeyError, TypeError):
                 continue  # damaged: `newest` says so
             return _same_run(path, saved, self.identity)
 
@@ -235,9 +238,11 @@ def verify(path: Path) -> str | None:
     """None when every file is there with its digest, else what is wrong, naming the file."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        files = manifest["files"]
+        files, digest = manifest["files"], manifest.pop("digest", None)
         if manifest["format_version"] != FORMAT_VERSION:
             return f"{path}: format version {manifest['format_version']}, this program reads {FORMAT_VERSION}"
+        if digest != _digest_of(manifest):
+            return f"{path / 'manifest.json'}: its bytes are not the ones that were written"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{path / 'manifest.json'}: {type(error).__name__}: {error}"
     for name, entry in files.items():
@@ -261,7 +266,9 @@ def read_masters(path: Path, module: torch.nn.Module) -> None:
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
     }
-    dcp.load(masters, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant to be
+        dcp.load(masters, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
 
 
 def _same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -289,6 +296,11 @@ def _describe(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "blake2b": hashlib.file_digest(file, "blake2b").hexdigest()[:32]}
 
 
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    """The manifest covers itself."""
+    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def _write_json(path: Path, value: Any) -> None:
     with path.open("w") as file:
         json.dump(value, file, indent=2)
@@ -296,8 +308,9 @@ def _write_json(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
 
 
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    """Of a file or a folder: what was written is on the disk, not only on its way."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -37,7 +37,9 @@ Column = str | int
 class Section(BaseModel):
     """A part of the run file: frozen, typed, and closed to unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class SourceConfig(Section):
@@ -217,7 +219,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: no such run file; name an existing one, such as {_EXAMPLE}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); name a YAML run file such as {_EXAMPLE}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2026-02-30
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}. Mend that line") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a run file is a mapping of keys, this is {type(values).__name__}; see {_EXAMPLE}")
@@ -252,13 +254,13 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {parent} is not a section with keys; check the dots")
     try:
         place[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: 2026-02-30
         raise ConfigError(f"override {override!r}: the value is not YAML; quote it, as in '{key}=\"…\"'") from None
 
 
 def _explain(problem: Any) -> str:
     """One pydantic problem as key, value, rule and remedy."""
-    where = [str(part) for part in problem["loc"] if not _is_branch(part)]
+    where = [str(part) for part in _written(problem)]
     key, kind, value = ".".join(where) or "run file", problem["type"], problem["input"]
     known = _keys_at(RunConfig, problem["loc"][:-1])
     if kind == "extra_forbidden":
@@ -283,11 +285,24 @@ def _told_once(problems: Sequence[Any]) -> list[Any]:
     """Of a union that fails, only the branch that came furthest: the one the person meant."""
     furthest: dict[tuple, Any] = {}
     for problem in problems:
-        branches = [place for place, part in enumerate(problem["loc"]) if _is_branch(part)]
+        last = len(problem["loc"]) - (problem["type"] == "extra_forbidden")
+        branches = [place for place, part in enumerate(problem["loc"][:last]) if _is_branch(part)]
         key = problem["loc"][: branches[0]] if branches else problem["loc"]
-        if key not in furthest or len(problem["loc"]) > len(furthest[key]["loc"]):
+        if key not in furthest or _told(problem) > _told(furthest[key]):
             furthest[key] = problem
     return list(furthest.values())
+
+
+def _told(problem: Any) -> tuple[int, bool]:
+    """How much a problem says: what came further, and of a misspelt key and the missing one the former."""
+    return len(problem["loc"]), problem["type"] == "extra_forbidden"
+
+
+def _written(problem: Any) -> list[Any]:
+    """The location without the branches of unions; an unknown key is a person's word even where it is called like one."""
+    *parents, last = problem["loc"]
+    is_own = problem["type"] == "extra_forbidden" or not _is_branch(last)
+    return [part for part in parents if not _is_branch(part)] + [last] * is_own
 
 
 def _is_branch(part: Any) -> bool:
@@ -333,6 +348,26 @@ _DEEPSPEED_KEYS = {
 }
 
 
+# What a ZeRO section may say. DeepSpeed knows more (offload, quantised communication, ZeRO++): checkpoints have not been
+# proved for those, and what is not proved is refused.
+_ZERO_KEYS = {
+    "stage",
+    "contiguous_gradients",
+    "overlap_comm",
+    "reduce_scatter",
+    "reduce_bucket_size",
+    "allgather_partitions",
+    "allgather_bucket_size",
+    "sub_group_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_module_granularity_threshold",
+}
+
+
 def zero_config(name: str) -> dict[str, Any]:
     """Read a DeepSpeed file: a path, or `ds_configs/…` of the installed package.
 
@@ -354,10 +389,14 @@ def zero_config(name: str) -> dict[str, Any]:
             remedy = f"did you mean {close[0]}?" if close else f"keys here: {', '.join(sorted(_DEEPSPEED_KEYS))}"
             raise ConfigError(f"{path}: unknown key {key}; DeepSpeed would ignore it silently; {remedy}")
     section = values.get("zero_optimization", {})
+    for key in section.keys() - _ZERO_KEYS:
+        close = difflib.get_close_matches(key, _ZERO_KEYS, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"keys here: {', '.join(sorted(_ZERO_KEYS))}"
+        raise ConfigError(f"{path}: zero_optimization.{key}: not a key this trainer has proved; {remedy}")
     autos = [key for key, value in section.items() if value == "auto"]
     if autos:
         raise ConfigError(f'{path}: zero_optimization.{autos[0]}: "auto" means nothing here; write a number')
-    if section.get("stage", 0) not in (0, 1, 2, 3):
+    if type(section.get("stage", 0)) is not int or section.get("stage", 0) not in (0, 1, 2, 3):
         raise ConfigError(
             f"{path}: zero_optimization.stage: {section['stage']!r} is not one of 0, 1, 2, 3; use one of these"
         )

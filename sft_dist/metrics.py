@@ -122,7 +122,7 @@ class Console:
         self._total, self._stream, self._bar = total_steps, stream, None
         self._latest: dict[str, float] = {}
         if stream.isatty():
-            self._bar, self._task = _progress_bar(total_steps, resume_step)
+            self._bar, self._task = _progress_bar(total_steps, resume_step, stream)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._latest.update(values)
@@ -158,7 +158,8 @@ class Console:
             self._bar.console.print(text, highlight=False, markup=False)
 
 
-def _progress_bar(total_steps: int, resume_step: int) -> tuple[Any, Any]:
+def _progress_bar(total_steps: int, resume_step: int, stream: TextIO) -> tuple[Any, Any]:
+    from rich.console import Console as Rich
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -168,7 +169,7 @@ def _progress_bar(total_steps: int, resume_step: int) -> tuple[Any, Any]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[numbers]}"),
     )
-    bar = Progress(*columns)
+    bar = Progress(*columns, console=Rich(file=stream))
     task = bar.add_task("train", total=total_steps, completed=resume_step, numbers="")
     bar.start()
     return bar, task

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sft_dist.config import ModelConfig
@@ -27,8 +29,9 @@ def model_config(config: ModelConfig, *, vocab_size: int, seq_len: int, eos_id: 
         made = _load(lambda: AutoConfig.for_model(**values), f"model_type {values['model_type']!r}")
     dropout = config.dropout if config.dropout is not None else (0.0 if config.config is not None else None)
     if dropout is not None:
+        given = config.config if config.dropout is None and config.config is not None else {}
         for name in _DROPOUTS:
-            if hasattr(made, name):
+            if hasattr(made, name) and name not in given:
                 setattr(made, name, dropout)
     if made.vocab_size < vocab_size:
         raise ModelError(
@@ -52,7 +55,10 @@ def build(config: ModelConfig, made: PretrainedConfig, *, seed: int, gradient_ch
     """
     if config.is_scratch:
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation="sdpa")
+        model = _load(
+            lambda: AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation="sdpa"),
+            f"model_type {made.model_type!r}",
+        )
     else:
         model = _load(
             lambda: AutoModelForCausalLM.from_pretrained(
@@ -61,7 +67,9 @@ def build(config: ModelConfig, made: PretrainedConfig, *, seed: int, gradient_ch
             str(config.name_or_path),
         )
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5 renames it on the way to 6; both take this as their first argument
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model
 
 
@@ -73,7 +81,7 @@ def has_dropout(made: PretrainedConfig) -> bool:
 def _load(load, what: str):
     try:
         return load()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError, SafetensorError) as error:
         raise ModelError(
             f"model: cannot load {what}: {str(error).splitlines()[0]}. Check the name; only safetensors weights are read, "
             "and without a network the model must be a local folder"

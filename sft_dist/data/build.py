@@ -166,7 +166,7 @@ def _by_reason(drops: Iterable[Drop]) -> dict[str, int]:
 
 def read_conversations(path: Path) -> Iterator[Conversation]:
     """The curated conversations of a `validation.jsonl`."""
-    for line in path.read_text().splitlines():
+    for line in path.read_text().split("\n")[:-1]:  # not splitlines(): text may hold U+2028
         values = json.loads(line)
         yield Conversation(tuple(Turn(**turn) for turn in values["turns"]), values["where"], values["label"])
 
@@ -280,13 +280,13 @@ def _write_labels(
     counts = Counter(record.label for record in kept["train"])
     records = [record for record in kept["validation"] if record.label is not None]
     labels = sorted(label for label in counts if label is not None)
-    if not records or len(labels) < 2:
-        return
     unseen = {record.label for record in records} - set(labels)
     if unseen:
         raise DataError(
             f"prepare.sources: label {min(unseen)!r} is in the validation records only; correct it, or add training records of it"
         )
+    if not records or len(labels) < 2:
+        return
     documents, candidates = [], []
     for number, record in enumerate(records):
         for place, label in enumerate(labels):
@@ -326,14 +326,15 @@ def _digests(sources: Sequence[SourceConfig]) -> dict[str, str]:
 def _already(out: Path, settings: dict[str, Any], sources: dict[str, str]) -> Report:
     try:
         about = json.loads((out / "prepare.json").read_text())
-    except (OSError, ValueError):
+        before, tokenizer = about["settings"]["prepare"], about["settings"]["tokenizer"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise DataError(
             f"{out}: exists and is not a finished preparation; move it away, or choose another prepare.out"
         ) from None
     settings = json.loads(json.dumps(settings))
-    before, now = about["settings"]["prepare"], settings["prepare"]
+    now = settings["prepare"]
     changed = [f"prepare.{key}: {before.get(key)!r} → {now[key]!r}" for key in now if before.get(key) != now[key]]
-    if about["settings"]["tokenizer"] != settings["tokenizer"] and before["tokenizer"] == now["tokenizer"]:
+    if tokenizer != settings["tokenizer"] and before["tokenizer"] == now["tokenizer"]:
         changed.append("what the tokenizer makes of text")
     files_of = about["sources"].keys() | sources.keys()
     changed += [f"the bytes of {path}" for path in sorted(files_of) if about["sources"].get(path) != sources.get(path)]

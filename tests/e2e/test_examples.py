@@ -50,7 +50,10 @@ def test_pre_trained_then_fine_tuned_with_no_network(folder):
     pair = "prepare.out=asked-shards prepare.tokenizer=null prepare.seq_len=128 train.max_steps=30 evaluate.samples=0"
     asked = f"examples/instructions/run.yaml {pair}"
     run(f"sft-dist prepare {asked} 'model={{name_or_path: text/export}}'", folder)
-    for name, model in (("tuned", "{name_or_path: text/export}"), ("scratch", "{name_or_path: text/export, init: scratch}")):
+    for name, model in (
+        ("tuned", "{name_or_path: text/export}"),
+        ("scratch", "{name_or_path: text/export, init: scratch}"),
+    ):
         run(f"sft-dist train {asked} run_dir={name} 'model={model}' --nproc 2", folder)
     assert losses(folder, "tuned")[0] < losses(folder, "scratch")[0] - 0.5
     assert losses(folder, "tuned")[-1] < losses(folder, "scratch")[-1]

@@ -72,6 +72,17 @@ def test_zero_stages(go, reference, stage):
     assert_same_curve(runs.numbers(run_dir), runs.numbers(reference), tolerance=TOLERANCE)
 
 
+def test_effective_batches_of_thousands(go, task):
+    """3,840 rows by accumulation (240 micro-batches a rank) are the step that large micro-batches take on one rank."""
+    common = ("train.global_batch_rows=3840", "train.max_steps=1", "evaluate.samples=0")
+    small = go("small", 2, "train.micro_batch_rows=8", *common)
+    large = go("large", 1, "train.micro_batch_rows=64", *common)
+    assert_same_curve(runs.numbers(small), runs.numbers(large), tolerance=TOLERANCE)
+    samples = go("samples", 2, "train.global_batch_samples=7680", "train.global_batch_rows=null", "train.max_steps=1")
+    (line,) = [line for line in runs.curve(samples) if "loss" in line]
+    assert line["loss"] == pytest.approx(runs.numbers(small)[0][0], rel=1e-2)
+
+
 def one_document_a_row(source: Path, target: Path) -> int:
     """The same documents, unpacked; returns the number of rows."""
     shutil.copytree(source, target)

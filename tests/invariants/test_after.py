@@ -1,0 +1,145 @@
+"""What is done with a finished run, and what cannot be done with it, said in one line each."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sft_dist.config import load
+from sft_dist.data.build import prepare
+from tests.invariants import runs
+from tests.workers import RankError, run_workers
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    path = runs.run_file(folder)
+    prepare(load(path).prepare)
+    run_workers(runs.run, 1, path, ("train.max_steps=2", "train.precision=bf16"))
+    run_workers(call, 1, "export_run", folder / "run", folder / "export", None)
+    return folder
+
+
+def call(topology, name, *arguments, **more):
+    """A function of launch.after, in a process of its own."""
+    from launch import after
+
+    return getattr(after, name)(*arguments, **more)
+
+
+def refused(pattern, *arguments, **more):
+    with pytest.raises(RankError, match=pattern):
+        run_workers(call, 1, *arguments, **more)
+
+
+def test_an_export_keeps_the_precision_and_knows_where_it_is_from(finished):
+    export = finished / "export"
+    assert json.loads((export / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((export / "sft_dist.json").read_text())["step"] == 2
+    assert {"model.safetensors", "config.json", "tokenizer.json", "generation_config.json"} <= {
+        p.name for p in export.iterdir()
+    }
+    assert "Spam or ham?" in (export / "tokenizer_config.json").read_text() + "".join(
+        path.read_text() for path in export.glob("*.jinja")
+    )
+
+
+def test_a_run_and_its_export_measure_the_same(finished):
+    of_run, of_export = (
+        run_workers(call, 1, "measure_model", str(finished / name), None, micro_batch_rows=4)[0]
+        for name in ("run", "export")
+    )
+    assert of_run == of_export
+    assert of_run["validation_loss"] == pytest.approx(runs.measured(finished / "run", 2)["validation_loss"], rel=1e-5)
+
+
+def test_an_answer_is_one_of_few_words(finished):
+    answer = run_workers(call, 1, "answer_prompt", str(finished / "export"), "win a prize", 3)[0]
+    assert isinstance(answer, str)
+    refused(r"--prompt: \d+ tokens do not leave room in a context of 128; shorten it", "answer_prompt",
+            str(finished / "run"), "win " * 200, 3)  # fmt: skip
+
+
+def test_what_cannot_be_measured_or_asked_is_said(finished, tmp_path):
+    export = finished / "export"
+    refused(
+        "nowhere: neither a run folder nor a model .* Name a run_dir",
+        "measure_model",
+        "nowhere",
+        None,
+        micro_batch_rows=1,
+    )
+    moved = Path(shutil.copytree(export, tmp_path / "moved"))
+    (moved / "sft_dist.json").unlink()
+    refused(
+        "no shards are known for it; name prepared ones with --shards",
+        "measure_model",
+        str(moved),
+        None,
+        micro_batch_rows=1,
+    )
+    bare = Path(shutil.copytree(finished / "shards", tmp_path / "bare"))
+    shutil.rmtree(bare / "validation")
+    refused(
+        "has no validation split; set prepare.validation_fraction",
+        "measure_model",
+        str(export),
+        str(bare),
+        micro_batch_rows=1,
+    )
+    tokenizer = json.loads((moved / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (moved / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused("its tokenizer [0-9a-f]{12} is not the one the shards were cut with", "measure_model", str(moved),
+            str(finished / "shards"), micro_batch_rows=1)  # fmt: skip
+    about = json.loads((moved / "tokenizer_config.json").read_text())
+    about.pop("chat_template", None)
+    (moved / "tokenizer_config.json").write_text(json.dumps(about))
+    for path in moved.glob("*.jinja"):
+        path.unlink()
+    refused("its tokenizer has no chat template; export it from a run", "answer_prompt", str(moved), "hi", 3)
+
+
+def test_an_export_never_overwrites_and_needs_a_checkpoint(finished, tmp_path):
+    refused(
+        re.escape(f"{finished / 'export'}: already exists and is kept"),
+        "export_run",
+        finished / "run",
+        finished / "export",
+        None,
+    )
+    refused("no checkpoint there yet; train first", "export_run", tmp_path, tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()
+
+
+def differing(topology, run_dir, out):
+    """An export whose tool chain gives other weights back."""
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    from sft_dist.export import export
+
+    save = GPT2LMHeadModel.save_pretrained
+
+    def careless(model, folder):
+        with torch.no_grad():
+            model.transformer.wpe.weight[0, 0] += 1
+        save(model, folder)
+        with torch.no_grad():
+            model.transformer.wpe.weight[0, 0] -= 1
+
+    GPT2LMHeadModel.save_pretrained = careless
+    export(run_dir, out)
+
+
+def test_an_export_that_reads_back_otherwise_is_not_published(finished, tmp_path):
+    with pytest.raises(
+        RankError, match=r"weights read back differ \(\['transformer\.wpe\.weight'\]\); the export is not published"
+    ):
+        run_workers(differing, 1, finished / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
