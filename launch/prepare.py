@@ -8,12 +8,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from sft_dist.config import RunConfig
 from sft_dist.data.build import prepare
 from sft_dist.data.shards import Shards
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.data.view import render_row, statistics
-
-from sft_dist.config import RunConfig
 from sft_dist.errors import DataError
 
 
