@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from sft_dist.checkpoint import Checkpoints, TrainState
 from sft_dist.comms import Comms
 from sft_dist.config import zero_stage
 from sft_dist.data.build import read_conversations
-from sft_dist.data.loader import Loader
+from sft_dist.data.loader import Loader, Step
 from sft_dist.data.template import template_from
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.engine import Engine
@@ -140,11 +140,11 @@ def resume(plan: Plan, checkpoints: Checkpoints, engine: Engine) -> tuple[TrainS
     return state, line
 
 
-def loader(plan: Plan) -> Loader:
-    """The stream of training rows as this rank sees it."""
-    return Loader(
-        plan.shards, plan.topology, seed=plan.config.train.seed, micro_batch_rows=plan.config.train.micro_batch_rows
-    )
+def steps(plan: Plan, state: TrainState) -> Iterator[Step]:
+    """What is left of the stream of training rows, as this rank sees it."""
+    train = plan.config.train
+    loader = Loader(plan.shards, plan.topology, seed=train.seed, micro_batch_rows=train.micro_batch_rows)
+    return loader.steps(start=state.rows_consumed, end=plan.rows, global_batch_rows=plan.batch.global_batch_rows)
 
 
 def schedule(plan: Plan) -> Callable[[int], float]:

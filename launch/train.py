@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -147,21 +148,21 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     )
     say(resumed_from)
 
-    reason, state = train(
-        steps=parts.loader(plan).steps(
-            start=state.rows_consumed, end=plan.rows, global_batch_rows=plan.batch.global_batch_rows
-        ),
-        engine=engine,
-        comms=comms,
-        state=state,
-        learning_rate=parts.schedule(plan),
-        evaluator=parts.evaluator(plan, comms),
-        checkpoints=checkpoints,
-        metrics=metrics,
-        stop=stop,
-        cadence=parts.cadence(plan),
-    )
-    metrics.close()
+    try:
+        reason, state = train(
+            steps=parts.steps(plan, state),
+            engine=engine,
+            comms=comms,
+            state=state,
+            learning_rate=parts.schedule(plan),
+            evaluator=parts.evaluator(plan, comms),
+            checkpoints=checkpoints,
+            metrics=metrics,
+            stop=stop,
+            cadence=parts.cadence(plan),
+        )
+    finally:
+        metrics.close()
     causes = [cause for cause in comms.gather(stop.cause) if cause]
     if plan.topology.is_main:
         detail = (
@@ -186,14 +187,19 @@ def _last_word(plan: Plan, reason: str, step: int, detail: str) -> str:
 def lock(run_dir: Path) -> TextIO:
     """Hold the run folder for as long as the file stays open: a kill releases it too. Raises ConfigError when it is held."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    file = (run_dir / ".lock").open("w")
+    file = (run_dir / ".lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
+        file.seek(0)
+        holder = file.read().strip() or "another run"
         file.close()
         raise ConfigError(
-            f"run_dir: {run_dir} is in use by another run; wait for it, stop it, or choose another run_dir"
+            f"run_dir: {run_dir} is in use by {holder}; wait for it, stop it, or choose another run_dir"
         ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
     return file
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from sft_dist.comms import Comms
-from sft_dist.data.loader import Loader
+from sft_dist.data.loader import Loader, MicroBatch
 from sft_dist.data.records import Conversation
 from sft_dist.data.shards import Shards
 from sft_dist.data.template import Template
@@ -37,12 +37,18 @@ def validation_loss(forward: Forward, loader: Loader, comms: Comms) -> dict[str,
     """
     totals = torch.zeros(2, dtype=torch.float64)
     for batch in loader.sweep().micro_batches:
-        log_probs = target_log_probs(forward(batch.tokens, batch.positions).cpu(), batch.tokens, batch.targets)
+        log_probs = _log_probs(forward, batch)
         totals += torch.tensor([-log_probs.double().sum().item(), len(log_probs)], dtype=torch.float64)
     total, count = comms.sum_tensor(totals).tolist()
     if count == 0:
         return {}
     return {"validation_loss": total / count, "validation_perplexity": math.exp(min(total / count, 700.0))}
+
+
+def _log_probs(forward: Forward, batch: MicroBatch) -> torch.Tensor:
+    """Log-probabilities of a micro-batch's targets on the host; the logits never leave their device."""
+    logits = forward(batch.tokens, batch.positions)
+    return target_log_probs(logits, batch.tokens.to(logits.device), batch.targets.to(logits.device)).cpu()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +87,9 @@ def label_scores(forward: Forward, task: LabelTask, comms: Comms, *, micro_batch
     first_document = np.concatenate([[0], np.cumsum(task.shards.documents_per_row())])
     scores = torch.zeros(len(task.truth), len(task.labels), dtype=torch.float64)
     for batch in loader.sweep().micro_batches:
-        if len(batch.rows) == 0:
-            forward(batch.tokens, batch.positions)
+        log_probs = _log_probs(forward, batch)
+        if len(batch.rows) == 0:  # this rank only kept the others company
             continue
-        log_probs = target_log_probs(forward(batch.tokens, batch.positions).cpu(), batch.tokens, batch.targets)
         documents = batch.documents.numpy() + first_document[batch.rows][:, None]
         records, labels = task.candidates[documents[batch.targets.numpy()]].T
         scores.index_put_((torch.from_numpy(records), torch.from_numpy(labels)), log_probs.double(), accumulate=True)

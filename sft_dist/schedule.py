@@ -22,7 +22,7 @@ def learning_rate(
     warmup_steps = math.ceil(warmup_ratio * total_steps)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     if schedule == "linear":
         return peak * (1.0 - progress)
     if schedule == "cosine":

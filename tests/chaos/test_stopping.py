@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 
@@ -77,7 +78,9 @@ def test_two_runs_in_one_folder_are_refused(folder):
     process = start(f"{TRAIN} run_dir=shared train.max_steps=3000", folder)
     wait_for(process, "step 2/")
     output = run(f"{TRAIN} run_dir=shared", folder, code=2)
-    assert "run_dir: shared is in use by another run; wait for it, stop it, or choose another run_dir" in output
+    assert re.search(
+        r"run_dir: shared is in use by process \d+ on \S+; wait for it, stop it, or choose another run_dir", output
+    )
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 143

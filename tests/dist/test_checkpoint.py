@@ -1,0 +1,158 @@
+"""Saved by any layout, continued by any other, on another number of ranks: the same curve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sft_dist.checkpoint import Checkpoints, TrainState
+from sft_dist.errors import CheckpointError
+from tests.dist import tiny
+from tests.workers import RankError, run_workers
+
+HALF, WHOLE = 5, 12
+LAYOUTS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
+
+
+def life(topology, folder, precision, stage, start, end, dropout, micro=2):
+    """Train from `start` (restored, unless it is 0) to `end`, save, and return the curve."""
+    made, comms = tiny.engine(topology, stage, precision=precision, dropout=dropout, micro_batch_rows=micro)
+    checkpoints = Checkpoints(folder, identity={"run": "tiny"}, attachments={}, keep_last=9, stage=stage, comms=comms)
+    state = TrainState()
+    if start:
+        state = checkpoints.restore(checkpoints.newest(), made.fragments())
+        made.restored(state.adam_step)
+        assert (state.step, made.adam_step) == (start, start)
+    curve = tiny.learn(made, comms, range(start, end))
+    for _ in curve:
+        state = state.after(rows=8, tokens=128, target_tokens=9, adam_step=made.adam_step, gpu_seconds=0.5)
+    checkpoints.save(made.fragments(), state)
+    return curve
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The uninterrupted curve of each layout on two ranks, dropout on."""
+    folder = tmp_path_factory.mktemp("straight")
+    return {
+        (precision, stage): run_workers(life, 2, folder / f"{precision}{stage}", precision, stage, 0, WHOLE, 0.1)[0]
+        for precision, stage in LAYOUTS
+    }
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint of each layout at HALF, with the curve up to there."""
+    folder = tmp_path_factory.mktemp("saved")
+    made = {}
+    for precision, stage in LAYOUTS:
+        path = folder / f"{precision}{stage}"
+        made[precision, stage] = (path, run_workers(life, 2, path, precision, stage, 0, HALF, 0.1)[0])
+    return made
+
+
+def copied(path: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(path, tmp_path / "checkpoints", symlinks=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_world_and_stage_go_on_bit_for_bit(saved, straight, layout, tmp_path):
+    path, first = saved[layout]
+    rest = run_workers(life, 2, copied(path, tmp_path), *layout, HALF, WHOLE, 0.1)[0]
+    assert first + rest == straight[layout]
+
+
+@pytest.mark.parametrize(
+    ("saver", "loader", "world_size"),
+    [
+        (("fp32", 0), ("fp32", 3), 1),
+        (("fp32", 1), ("fp32", 0), 4),
+        (("fp32", 2), ("fp32", 1), 1),
+        (("fp32", 3), ("fp32", 2), 4),
+        (("fp32", 2), ("fp32", 2), 1),
+        (("bf16", 1), ("bf16", 3), 1),
+        (("bf16", 2), ("bf16", 1), 4),
+        (("bf16", 3), ("bf16", 2), 1),
+    ],
+)
+def test_another_stage_and_world_continue_the_same_curve(saved, straight, saver, loader, world_size, tmp_path):
+    path, first = saved[saver]
+    rest = run_workers(life, world_size, copied(path, tmp_path), *loader, HALF, WHOLE, 0.1)[0]
+    # relative to losses of about 4: 1e-6 in fp32, rounding in bf16
+    tiny.assert_same_curve(first + rest, straight[saver], tolerance=4e-6 if saver[0] == "fp32" else 5e-4)
+
+
+def test_one_two_one_processes(straight, tmp_path):
+    """2 -> 1 -> 2 processes at stage 2, with an odd shape that pads partitions."""
+    folder, curve = tmp_path / "checkpoints", []
+    for world_size, start, end in ((2, 0, 4), (1, 4, 8), (2, 8, WHOLE)):
+        curve += run_workers(life, world_size, folder, "fp32", 2, start, end, 0.1)[0]
+    tiny.assert_same_curve(curve, straight["fp32", 2], tolerance=4e-6)
+    assert [path.name for path in sorted(folder.glob("step-*"))] == ["step-00000004", "step-00000008", "step-00000012"]
+    assert (folder / "latest").readlink().name == "step-00000012"
+    assert not list(folder.glob(".*partial"))
+
+
+def test_a_loaded_moment_that_was_lost_would_be_seen(saved, straight, tmp_path):
+    """The plant: the same resume with Adam's step count set wrong leaves the curve."""
+    path, _ = saved["fp32", 2]
+    folder = copied(path, tmp_path)
+    state = folder / f"step-{HALF:08d}" / "state.json"
+    values = json.loads(state.read_text())
+    state.write_text(json.dumps({**values, "adam_step": 1}))
+    rest = run_workers(planted, 1, folder)[0]
+    assert max(abs(a[0] - b[0]) for a, b in zip(rest, straight["fp32", 2][HALF:], strict=True)) > 1e-4
+
+
+def planted(topology, folder):
+    made, comms = tiny.engine(topology, 2, dropout=0.1, micro_batch_rows=2)
+    checkpoints = Checkpoints(folder, identity={"run": "tiny"}, attachments={}, keep_last=9, stage=2, comms=comms)
+    state = checkpoints.restore(folder / f"step-{HALF:08d}", made.fragments())
+    made.restored(state.adam_step)
+    return tiny.learn(made, comms, range(HALF, WHOLE))
+
+
+def test_every_rank_hears_that_all_is_damaged(saved, tmp_path):
+    folder = copied(saved["fp32", 2][0], tmp_path)
+    shard = next(folder.glob("step-*/shard-00002*"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(RankError, match=r"CheckpointError: .*none of 1 checkpoints is whole .*shard-00002.*--fresh"):
+        run_workers(life, 2, folder, "fp32", 2, HALF, WHOLE, 0.1)
+
+
+def test_a_checkpoint_holds_no_pickle(saved):
+    for path, _ in saved.values():
+        names = {file.name for file in path.rglob("*") if file.is_file()}
+        assert {Path(name).suffix for name in names} == {".json", ".safetensors"}
+        assert not any(file.read_bytes()[:2] in (b"\x80\x02", b"PK") for file in path.rglob("*.safetensors"))
+
+
+def test_only_the_last_ones_are_kept(tmp_path):
+    kept = run_workers(keep_two, 1, tmp_path)[0]
+    assert kept == ["step-00000002", "step-00000003"]
+
+
+def keep_two(topology, folder):
+    made, comms = tiny.engine(topology, 2, micro_batch_rows=8)
+    checkpoints = Checkpoints(folder, identity={}, attachments={}, keep_last=2, stage=2, comms=comms)
+    for step in (1, 2, 3):
+        checkpoints.save(made.fragments(), TrainState(step=step))
+    return [path.name for path in sorted(folder.glob("step-*"))]
+
+
+def test_another_run_is_refused_naming_both_values(tmp_path):
+    with pytest.raises(RankError, match=r"made with data = 'old', this run has 'new'.*--fresh"):
+        run_workers(other_data, 1, tmp_path)
+
+
+def other_data(topology, folder):
+    made, comms = tiny.engine(topology, 2, micro_batch_rows=8)
+    about = {"attachments": {}, "keep_last": 1, "stage": 2, "comms": comms}
+    Checkpoints(folder, identity={"data": "old"}, **about).save(made.fragments(), TrainState(step=1))
+    other = Checkpoints(folder, identity={"data": "new"}, **about)
+    other.restore(other.newest(), made.fragments())
+    raise AssertionError(CheckpointError)

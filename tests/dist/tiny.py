@@ -1,0 +1,130 @@
+"""A tiny model, a few rows, and the plain PyTorch loop that everything distributed must equal."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sft_dist.attention import packed_logits
+from sft_dist.comms import Comms
+from sft_dist.config import ModelConfig, TrainConfig, derive_batch, zero_config
+from sft_dist.engine import Engine, decay_groups
+from sft_dist.loss import target_loss_sum
+from sft_dist.model import build, model_config
+
+ROWS, SEQ_LEN, VOCAB = 8, 16, 64
+MODELS = {
+    "mini": {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1},
+    "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2},
+    "llama": {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1,
+    },
+}  # fmt: skip
+
+
+@dataclass
+class MicroBatch:
+    """What the engine reads of a micro-batch."""
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    positions: torch.Tensor
+    first_ordinal: int
+
+
+def rows(step: int) -> MicroBatch:
+    """The rows of a step: two documents each, and between 0 and 14 targets, so that a mean of means would be wrong."""
+    generator = torch.Generator().manual_seed(100 + step)
+    tokens = torch.randint(VOCAB, (ROWS, SEQ_LEN), generator=generator)
+    share = torch.rand((ROWS, 1), generator=generator)
+    targets = torch.rand((ROWS, SEQ_LEN), generator=generator) < share
+    targets[:, 0] = targets[:, 8] = False
+    targets[1] = False
+    positions = torch.arange(8).repeat(ROWS, 2)
+    return MicroBatch(tokens, targets, positions, step * ROWS)
+
+
+def micro_batches(step: int, size: int) -> list[MicroBatch]:
+    """The same rows, `size` at a time."""
+    whole = rows(step)
+    return [
+        MicroBatch(
+            *(getattr(whole, name)[at : at + size] for name in ("tokens", "targets", "positions")), step * ROWS + at
+        )
+        for at in range(0, ROWS, size)
+    ]
+
+
+def model(*, kind: str = "gpt2", dropout: float = 0.0, gradient_checkpointing: bool = False) -> torch.nn.Module:
+    """A model of some 30,000 parameters, the same wherever it is built."""
+    config = ModelConfig(config=MODELS[kind], dropout=dropout)
+    made = model_config(config, vocab_size=VOCAB, seq_len=SEQ_LEN, eos_id=0)
+    return build(config, made, seed=0, gradient_checkpointing=gradient_checkpointing)
+
+
+def train_config(**more) -> TrainConfig:
+    """Clipping that bites, decay, a learning rate that moves: whatever could differ between stages does something."""
+    values = {"global_batch_rows": ROWS, "max_steps": 10, "learning_rate": 1e-3, "weight_decay": 0.1, "precision": "fp32"}
+    return TrainConfig(**{**values, **more})
+
+
+def engine(topology, stage: int, **more) -> tuple[Engine, Comms]:
+    """An engine over the tiny model on this rank."""
+    torch.set_num_threads(1)
+    comms = Comms(topology, torch.device("cpu"))
+    of_model = {name: more.pop(name) for name in ("kind", "dropout", "gradient_checkpointing") if name in more}
+    config = train_config(**more)
+    zero = zero_config(f"ds_configs/zero{stage}.json")
+    batch = derive_batch(config, topology.world_size, 1.0)
+    return Engine(model(**of_model), zero, config, batch, topology, comms.device), comms
+
+
+def learn(made: Engine, comms: Comms, steps: range) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step."""
+    curve = []
+    for step in steps:
+        batches = micro_batches(step, made.config.micro_batch_rows)
+        denominator = int(rows(step).targets.sum())
+        mine = batches[comms.topology.rank :: comms.topology.world_size]
+        applied = made.learn(mine, denominator=denominator, learning_rate=1e-3)
+        curve.append((comms.sum_tensor(applied.loss_sum).item() / denominator, applied.grad_norm))
+    return curve
+
+
+def reference(steps: int, *, kind: str = "gpt2") -> list[tuple[float, float]]:
+    """The independent witness: one process, plain PyTorch, no accumulation, no DeepSpeed."""
+    plain = model(kind=kind).train()
+    optimizer = torch.optim.AdamW(decay_groups(plain, 0.1), lr=1e-3)
+    curve = []
+    for step in range(steps):
+        batch = rows(step)
+        logits = packed_logits(plain, batch.tokens, batch.positions)
+        loss = target_loss_sum(logits, batch.tokens, batch.targets) / batch.targets.sum()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append((loss.item(), norm.item()))
+    return curve
+
+
+def assert_same_curve(ours, theirs, *, tolerance: float, drift: float | None = None) -> None:
+    """Each step within `tolerance`, and the mean signed residual within `drift` (a tenth of it), which one-sided error fails."""
+    ours, theirs = torch.tensor(ours, dtype=torch.float64), torch.tensor(theirs, dtype=torch.float64)
+    residual = ours - theirs
+    assert residual.abs().max() <= tolerance, residual
+    assert residual.mean(dim=0).abs().max() <= (drift if drift is not None else tolerance / 2), residual
+
+
+def shipped() -> list[Path]:
+    """Every DeepSpeed file of the project."""
+    return sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+
+
+def stage_of(path: Path) -> int:
+    """The ZeRO stage of a DeepSpeed file."""
+    return json.loads(path.read_text())["zero_optimization"]["stage"]
