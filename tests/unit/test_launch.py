@@ -274,7 +274,7 @@ def test_set_aside_moves_what_a_run_left_and_keeps_the_rest(tmp_path):
 
 def test_a_run_folder_has_one_run_at_a_time(run, tmp_path):
     held = train.lock(tmp_path / "run")
-    message = r"run_dir: .*run is in use by another run; wait for it, stop it, or choose another run_dir"
+    message = r"run_dir: .*run is in use by process \d+ on \S+; wait for it, stop it, or choose another run_dir"
     with pytest.raises(ConfigError, match=message):
         train.lock(tmp_path / "run")
     one_line(sft_dist("train", run), 2, "run is in use by another run; wait for it")
