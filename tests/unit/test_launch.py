@@ -277,7 +277,7 @@ def test_a_run_folder_has_one_run_at_a_time(run, tmp_path):
     message = r"run_dir: .*run is in use by process \d+ on \S+; wait for it, stop it, or choose another run_dir"
     with pytest.raises(ConfigError, match=message):
         train.lock(tmp_path / "run")
-    one_line(sft_dist("train", run), 2, "run is in use by another run; wait for it")
+    one_line(sft_dist("train", run), 2, "run is in use by process")
     train.lock(tmp_path / "another").close()
     held.close()
     train.lock(tmp_path / "run").close()
