@@ -66,6 +66,11 @@ def measure_model(model: str, shards: str | None, *, micro_batch_rows: int) -> d
 
 
 def _measure(model: Any, tokenizer: str, folder: Path, name: str, micro_batch_rows: int) -> dict[str, float]:
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{name}: its shards are not in {folder.absolute()}; start from the folder that the run was started from, or "
+            "name them with --shards FOLDER"
+        )
     validation = measure.open_shards(folder, "validation")
     if validation is None:
         raise ConfigError(f"{folder}: has no validation split; set prepare.validation_fraction and prepare again")

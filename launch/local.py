@@ -7,6 +7,7 @@ terminal, and a wish to stop reaches the ranks through a file they look at betwe
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from launch.train import Plan, lock
 from sft_dist.config import RunConfig
+from sft_dist.errors import ConfigError
 from sft_dist.limits import SIGNALS, Verdict
 from sft_dist.metrics import loss_curve, read_lines
 from sft_dist.topology import Life, Topology
@@ -24,11 +26,16 @@ from sft_dist.topology import Life, Topology
 _TRAIN = Path(__file__).with_name("train.py")
 
 
-def default_processes() -> int:
-    """One process a GPU, or one; asked of the driver, so that torch need not be imported."""
+def num_gpus() -> int:
+    """GPUs of this machine that may be used; asked of the driver, so that torch need not be imported."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return max(1, len([d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d.strip() not in ("", "-1")]))
-    return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+        return len([d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d.strip() not in ("", "-1")])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def default_processes() -> int:
+    """One process a GPU, or one."""
+    return max(1, num_gpus())
 
 
 def describe(config: RunConfig, processes: int) -> str:
@@ -42,20 +49,31 @@ def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: i
     0: completed; 128 + signal number: stopped on request, all saved; else what the ranks ended with.
     """
     describe(config, processes)  # raises what is wrong before anything starts
-    lock(Path(config.run_dir)).close()  # and the ranks would wait for one another before they said it
-    life = time.strftime("local-%Y%m%d-%H%M%S") + f"-{os.getpid()}"
+    if 0 < num_gpus() < processes:
+        raise ConfigError(
+            f"--nproc {processes}: this machine has {num_gpus()} usable GPUs, and each process needs its own. "
+            f"Use --nproc {num_gpus()}, or CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    lock(Path(config.run_dir)).close()  # the ranks would wait for one another before they said it
     with tempfile.TemporaryDirectory(prefix="sft-dist-") as folder:
         stop_file = Path(folder) / "stop"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += [str(_TRAIN), run_file, *overrides, *(["--fresh"] if fresh else [])]
+        life = time.strftime("local-%Y%m%d-%H%M%S") + f"-{os.getpid()}"
         environment = {**os.environ, "SFT_DIST_LIFE": life, "SFT_DIST_STOP_FILE": str(stop_file)}
-        process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
-        asked = _forward_signals(process, stop_file)
-        _relay(process)
-        code = process.wait()
-    verdict = Verdict.read(Path(config.run_dir) / "verdicts", f"{life}-0")
+        asked: list[int] = []
+        _forward_signals(asked, stop_file)
+        with subprocess.Popen(
+            _command(run_file, overrides, processes, fresh=fresh),
+            env=environment,
+            start_new_session=True,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        ) as process:
+            _relay(process)
+        code = process.returncode
+    verdict = Verdict.read(Path(config.run_dir) / "verdicts", Life.from_environment(environment).name)
     if verdict is None:
-        print(f"sft-dist: the ranks ended with code {code} and left no verdict: see the error above", file=sys.stderr)
+        print(f"sft-dist: the ranks ended with code {code} and left no verdict: see above", file=sys.stderr)
         return 128 - code if code < 0 else code or 1
     if verdict.reason == "stopped":
         return 128 + (asked[0] if asked else signal.SIGTERM)
@@ -65,32 +83,53 @@ def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: i
     return verdict.exit_code
 
 
-def _forward_signals(process: subprocess.Popen, stop_file: Path) -> list[int]:
-    """The first signal asks the ranks to stop after saving; a second one ends them now. Returns what was received."""
-    asked: list[int] = []
+def _command(run_file: str, overrides: Sequence[str], processes: int, *, fresh: bool) -> list[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    torchrun.append("--shutdown-timeout=5")  # what a rank that waits for a dead one gets before it is killed
+    return [*torchrun, str(_TRAIN), run_file, *overrides, *(["--fresh"] if fresh else [])]
+
+
+def _forward_signals(asked: list[int], stop_file: Path) -> None:
+    """The first signal asks the ranks to stop after saving; `_relay` ends them on a second one."""
 
     def handle(number: int, _frame: object) -> None:
         asked.append(number)
         if len(asked) == 1:
-            stop_file.write_text(signal.Signals(number).name)
-            os.write(2, b"\nstopping: the last completed step is being saved (once more to stop without saving)\n")
+            staged = stop_file.with_suffix(".partial")
+            staged.write_text(signal.Signals(number).name)
+            staged.replace(stop_file)
+            os.write(2, b"\nstopping: the last completed step is being saved (once more to end at once)\n")
         else:
-            os.killpg(process.pid, signal.SIGTERM)
+            raise KeyboardInterrupt
 
-    for number in SIGNALS:
+    for number in (*SIGNALS, signal.SIGHUP):
         signal.signal(number, handle)
-    return asked
 
 
 def _relay(process: subprocess.Popen) -> None:
-    """Pass on what the ranks say on stderr, but not torchrun's own account of a failure the ranks explained."""
+    """Pass on what the ranks say on stderr, but not torchrun's own account of a failure that the ranks explained.
+
+    A second signal ends torchrun, which kills its ranks.
+    """
+    try:
+        _pass_on(process)
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGTERM)
+        _pass_on(process)
+
+
+def _pass_on(process: subprocess.Popen) -> None:
     assert process.stderr is not None
     held = ""
     for line in process.stderr:
         if held and "<frozen runpy>" in line:
             held = ""
             break  # torchrun's traceback; a rank's begins in train.py
-        if line.startswith("Traceback"):
+        if killed := re.search(r"exitcode: -(\d+)\) local_rank: (\d+)", line):
+            name = signal.Signals(int(killed[1])).name
+            hint = ": out of memory?" if name == "SIGKILL" else ""
+            sys.stderr.write(f"sft-dist: rank {killed[2]} of this machine was killed by {name}{hint}\n")
+        elif line.startswith("Traceback"):
             held = line
         elif not any(part in line for part in _NOISE):
             sys.stderr.write(held + line)

@@ -129,15 +129,15 @@ def resume(plan: Plan, checkpoints: Checkpoints, engine: Engine) -> tuple[TrainS
         return TrainState(), "starting at step 0"
     state = checkpoints.restore(path, engine.fragments())
     engine.restored(state.adam_step)
-    line = f"resuming from step {state.step} of {plan.steps} ({path})"
-    before = yaml.safe_load((path / "run.yaml").read_text())["train"]["micro_batch_rows"]
-    now = plan.config.train.micro_batch_rows
-    if before != now and has_dropout(engine.deepspeed.module.config):
-        line += (
-            f"\nwarning: micro_batch_rows changed from {before} to {now} with dropout on: the dropout draws differ from "
-            "those of an uninterrupted run"
-        )
-    return state, line
+    lines = [f"resuming from step {state.step} of {plan.steps(state)} ({path})"]
+    before = yaml.safe_load((path / "run.yaml").read_text())["train"]
+    now = plan.config.train.model_dump()
+    for key in ("learning_rate", "schedule", "epochs", "max_steps", "warmup_ratio", "precision", "micro_batch_rows"):
+        if before[key] != now[key]:
+            lines.append(f"note: train.{key} was {before[key]} until here and is {now[key]} now")
+    if before["micro_batch_rows"] != now["micro_batch_rows"] and has_dropout(engine.deepspeed.module.config):
+        lines.append("warning: with dropout on, another micro-batch draws otherwise than an uninterrupted run would")
+    return state, "\n".join(lines)
 
 
 def steps(plan: Plan, state: TrainState) -> Iterator[Step]:
@@ -147,12 +147,12 @@ def steps(plan: Plan, state: TrainState) -> Iterator[Step]:
     return loader.steps(start=state.rows_consumed, end=plan.rows, global_batch_rows=plan.batch.global_batch_rows)
 
 
-def schedule(plan: Plan) -> Callable[[int], float]:
+def schedule(plan: Plan, total_steps: int) -> Callable[[int], float]:
     """Step -> learning rate."""
     train = plan.config.train
     return functools.partial(
         learning_rate,
-        total_steps=plan.steps,
+        total_steps=total_steps,
         peak=train.learning_rate,
         schedule=train.schedule,
         warmup_ratio=train.warmup_ratio,
@@ -177,12 +177,12 @@ def evaluator(plan: Plan, comms: Comms) -> Evaluator:
     return Evaluator(comms, validation, LabelTask.open(plan.shards_dir / "labels"), sampling)
 
 
-def metrics(plan: Plan, state: TrainState) -> tuple[Metrics, Callable[[str], None]]:
+def metrics(plan: Plan, state: TrainState, total_steps: int) -> tuple[Metrics, Callable[[str], None]]:
     """Where numbers go on this rank, and a way to say a line; silent on all ranks but the main one."""
     if not plan.topology.is_main:
         logging.getLogger("sft_dist").setLevel(logging.CRITICAL)
         return Metrics(), lambda text: None
-    console = Console(plan.steps, state.step, sys.stdout)
+    console = Console(total_steps, state.step, sys.stdout)
     sinks = (
         JsonLines(plan.run_dir / "metrics.jsonl", state.step),
         TensorBoard(plan.run_dir / "tensorboard", state.step),
@@ -191,10 +191,12 @@ def metrics(plan: Plan, state: TrainState) -> tuple[Metrics, Callable[[str], Non
     return Metrics(sinks), console.say
 
 
-def cadence(plan: Plan) -> Cadence:
+def cadence(plan: Plan, total_steps: int) -> Cadence:
     """Every how many steps something happens."""
     config = plan.config
-    return Cadence(plan.steps, config.train.log_every_steps, config.evaluate.every_steps, config.checkpoint.every_steps)
+    return Cadence(
+        total_steps, config.train.log_every_steps, config.evaluate.every_steps, config.checkpoint.every_steps
+    )
 
 
 def count(model: Any) -> int:

@@ -13,10 +13,11 @@ import os
 import shutil
 import socket
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if __package__ in (None, ""):  # started by path from a clone
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,6 +27,9 @@ from sft_dist.data.shards import Shards
 from sft_dist.errors import ConfigError, SftDistError
 from sft_dist.limits import StopRequest, Verdict
 from sft_dist.topology import Life, Topology
+
+if TYPE_CHECKING:
+    from sft_dist.checkpoint import TrainState
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,11 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load(options.run_file, options.overrides)
         return run_plan(Plan.of(config, topology, life, fresh=options.fresh), stop)
     except SftDistError as error:
-        if topology.is_main:
+        if topology.local_rank == 0:  # one line a machine: what is wrong may be wrong on that one only
             print(f"sft-dist: {error}", file=sys.stderr, flush=True)
-            if config is not None:
-                reason = "diverged" if type(error).__name__ == "DivergedError" else "refused"
-                Verdict(life.name, reason, -1, str(error), error.exit_code).write(Path(config.run_dir) / "verdicts")
+        if topology.is_main and config is not None:
+            Verdict(life.name, error.verdict, -1, str(error), error.exit_code).write(Path(config.run_dir) / "verdicts")
         return error.exit_code
 
 
@@ -84,10 +87,10 @@ class Plan:
         rows = total_rows(config.train, batch, shards.num_rows)
         return cls(config, topology, life, fresh, run_dir, shards_dir, shards, zero_config(config.zero), batch, rows)
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return num_steps(self.rows, self.batch)
+    def steps(self, state: TrainState | None = None) -> int:
+        """Optimizer steps of the whole run; those behind `state` are counted as they were taken."""
+        done, consumed = (state.step, state.rows_consumed) if state else (0, 0)
+        return done + num_steps(max(0, self.rows - consumed), self.batch)
 
     def describe(self) -> str:
         """The derived numbers, for a person; with a warning where they make little sense."""
@@ -98,13 +101,13 @@ class Plan:
             f"rows: {self.shards.num_rows:,} of {self.shards.seq_len:,} tokens, {per_row:.1f} samples a row",
             f"step: {batch.global_batch_rows:,} rows = {batch.samples(per_row):,.0f} samples = {batch.micro_batch_rows} a "
             f"micro-batch x {batch.accumulation_steps} accumulated x {batch.world_size} processes",
-            f"run: {self.steps:,} steps, {an_epoch:,} an epoch, ZeRO stage {zero_stage(self.zero)}, "
+            f"run: {self.steps():,} steps, {an_epoch:,} an epoch, ZeRO stage {zero_stage(self.zero)}, "
             f"{self.config.train.precision}, learning rate {self.config.train.learning_rate:g}",
         ]
         if an_epoch < 20:
             lines.append(
                 f"warning: a step of {batch.global_batch_rows:,} rows leaves only {an_epoch} steps an epoch "
-                f"({self.steps} in all): few for the optimizer to move. A smaller train.global_batch_rows gives more"
+                f"({self.steps()} in all): few for the optimizer to move. A smaller train.global_batch_rows gives more"
             )
         return "\n".join(lines)
 
@@ -142,7 +145,8 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     engine = parts.engine(plan, model, device)
     moved = parts.prove_isolation(plan, engine, made)
     state, resumed_from = parts.resume(plan, checkpoints, engine)
-    metrics, say = parts.metrics(plan, state)
+    total = plan.steps(state)
+    metrics, say = parts.metrics(plan, state, total)
     say(
         f"{plan.describe()}\nmodel: {parts.count(model):,} parameters; packed documents kept apart (logits move {moved:.0e})"
     )
@@ -154,22 +158,20 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
             engine=engine,
             comms=comms,
             state=state,
-            learning_rate=parts.schedule(plan),
+            learning_rate=parts.schedule(plan, total),
             evaluator=parts.evaluator(plan, comms),
             checkpoints=checkpoints,
             metrics=metrics,
             stop=stop,
-            cadence=parts.cadence(plan),
+            cadence=parts.cadence(plan, total),
         )
     finally:
         metrics.close()
     causes = [cause for cause in comms.gather(stop.cause) if cause]
     if plan.topology.is_main:
-        detail = (
-            f"asked to stop by {causes[0]}" if causes and reason == "stopped" else f"{state.step} of {plan.steps} steps"
-        )
+        detail = f"asked to stop by {causes[0]}" if causes and reason == "stopped" else f"{state.step} of {total} steps"
         Verdict(plan.life.name, reason, state.step, detail).write(plan.run_dir / "verdicts")
-        print(_last_word(plan, reason, state.step, detail), flush=True)
+        print(_last_word(plan.run_dir, reason, state.step, total, detail), flush=True)
     comms.barrier()
     comms.close()
     if held is not None:
@@ -177,11 +179,11 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     return 0
 
 
-def _last_word(plan: Plan, reason: str, step: int, detail: str) -> str:
+def _last_word(run_dir: Path, reason: str, step: int, total: int, detail: str) -> str:
     if reason == "completed":
-        return f"completed: {step} of {plan.steps} steps, in {plan.run_dir}"
+        return f"completed: {step} of {total} steps, in {run_dir}"
     kept = f"step {step} is saved" if step else "no step was done"
-    return f"stopped after step {step} of {plan.steps} ({detail}); {kept}. The same command goes on from there"
+    return f"stopped after step {step} of {total} ({detail}); {kept}. The same command goes on from there"
 
 
 def lock(run_dir: Path) -> TextIO:
@@ -190,7 +192,7 @@ def lock(run_dir: Path) -> TextIO:
     file = (run_dir / ".lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "another run"
         file.close()
@@ -222,7 +224,11 @@ def set_aside(run_dir: Path) -> Path | None:
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # skips the destructors of process groups, which can hang when a peer is gone

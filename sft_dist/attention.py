@@ -12,7 +12,7 @@ import torch
 
 from sft_dist.errors import ModelError
 
-_LENGTHS = (7, 9, 5)  # three documents; uneven, so that a wrong boundary shows
+_LENGTHS = (7, 9, 5)  # three documents in the first of two rows, the other way round in the second; uneven, to show
 
 
 def packed_logits(model: torch.nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -30,15 +30,17 @@ def leak(forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], vocab_si
     are rounding (about 1e-6 in fp32) for a model that isolates documents.
     """
     generator = torch.Generator().manual_seed(0)
-    row = torch.randint(vocab_size, (1, sum(_LENGTHS)), generator=generator)
-    positions = torch.cat([torch.arange(length) for length in _LENGTHS])[None]
+    row = torch.randint(vocab_size, (2, sum(_LENGTHS)), generator=generator)
+    positions = torch.stack(
+        [torch.cat([torch.arange(length) for length in lengths]) for lengths in (_LENGTHS, _LENGTHS[::-1])]
+    )
     middle = slice(_LENGTHS[0], _LENGTHS[0] + _LENGTHS[1])
     changed = torch.randint(vocab_size, row.shape, generator=generator)
-    changed[:, middle] = row[:, middle]
+    changed[0, middle] = row[0, middle]  # everything else is other text, the second row as well
 
-    whole = forward(row, positions)[:, middle].float()
-    perturbed = forward(changed, positions)[:, middle].float()
-    alone = forward(row[:, middle], positions[:, middle]).float()
+    whole = forward(row, positions)[:1, middle].float()
+    perturbed = forward(changed, positions)[:1, middle].float()
+    alone = forward(row[:1, middle], positions[:1, middle]).float()
     scale = whole.abs().max().clamp_min(1e-6)
     return ((whole - perturbed).abs().max() / scale).item(), ((whole - alone).abs().max() / scale).item()
 

@@ -7,13 +7,11 @@ A checkpoint is staged, fsynced and renamed; its manifest is written last. Compl
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from sft_dist.comms import Comms
 from sft_dist.errors import CheckpointError
+from sft_dist.files import describe, digest_of, publish, sync
 from sft_dist.layout import Fragment
 
 FORMAT_VERSION = 1
@@ -126,24 +125,35 @@ class Checkpoints:
         """Write a complete checkpoint, publish it by one rename, remove what is older than the last `keep_last`."""
         final = self.folder / f"step-{state.step:08d}"
         partial = self.folder / f".{final.name}.partial"
-        is_main = self.comms.topology.is_main
-        if is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.comms.barrier()
+        self._on_main(self._make, partial)
         writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
         dcp.save(_state_dict(fragments), storage_writer=writer, process_group=self.comms.control)
-        mine = {path.name: _describe(path) for path in partial.glob(f"shard-{self.comms.topology.rank + 1:05d}-*")}
-        digests = self.comms.gather(mine)
-        if is_main:
-            files = {name: entry for part in digests for name, entry in part.items()}
-            self._publish(partial, final, files, state)
-            self._prune()
-        self.comms.barrier()
+        mine = {path.name: describe(path) for path in partial.glob(f"shard-{self.comms.topology.rank + 1:05d}-*")}
+        files = {name: entry for part in self.comms.gather(mine) for name, entry in part.items()}
+        self._on_main(self._publish, partial, final, files, state)
+        self._on_main(self._prune, final)
         return final
 
+    def _on_main(self, act: Callable[..., None], *arguments: Any) -> None:
+        """Let the main rank act while the others wait; its failure is everybody's, in one line."""
+        failure = None
+        if self.comms.topology.is_main:
+            try:
+                act(*arguments)
+            except OSError as error:
+                failure = f"{error.filename or self.folder}: {error.strerror}"
+        if failure := self.comms.broadcast(failure):
+            raise CheckpointError(
+                f"{failure}: the checkpoint cannot be written. Make room or mend the path; the ones before are untouched"
+            )
+
+    @staticmethod
+    def _make(partial: Path) -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
     def _publish(self, partial: Path, final: Path, files: dict[str, Any], state: TrainState) -> None:
-        _write_json(partial / "state.json", asdict(state))
+        (partial / "state.json").write_text(json.dumps(asdict(state), indent=2))
         for name, source in self.attachments.items():
             if source.is_dir():
                 shutil.copytree(source, partial / name)
@@ -152,8 +162,7 @@ class Checkpoints:
         for path in sorted(partial.rglob("*")):
             name = path.relative_to(partial).as_posix()
             if path.is_file() and name not in files:
-                _fsync(path)
-                files[name] = _describe(path)
+                files[name] = describe(path)
         manifest = {
             "format_version": FORMAT_VERSION,
             "step": state.step,
@@ -162,16 +171,15 @@ class Checkpoints:
             "identity": self.identity,
             "files": files,
         }
-        _write_json(partial / "manifest.json", {**manifest, "digest": _digest_of(manifest)})
-        _fsync(partial)
-        if final.exists():  # the same step, saved by an earlier life and damaged since, or rewritten on purpose
-            _set_aside(final)
-        partial.rename(final)
-        _fsync(self.folder)
+        sync(partial)  # before the manifest exists: it vouches for what is on the disk
+        (partial / "manifest.json").write_text(json.dumps({**manifest, "digest": digest_of(manifest)}, indent=2))
+        publish(partial, final)  # a folder of that name is the same step, saved by an earlier life and damaged since
         _point(self.folder / "latest", final.name)
 
-    def _prune(self) -> None:
-        for old in _folders(self.folder)[: -self.keep_last]:
+    def _prune(self, newest: Path) -> None:
+        """Remove what is older than the last `keep_last`; what has a higher step is damaged, or resume had used it."""
+        older = [path for path in _folders(self.folder) if path.name < newest.name]
+        for old in older[: max(0, len(older) - self.keep_last + 1)]:
             (old / "manifest.json").unlink(missing_ok=True)
             shutil.rmtree(old)
 
@@ -241,13 +249,13 @@ def verify(path: Path) -> str | None:
         files, digest = manifest["files"], manifest.pop("digest", None)
         if manifest["format_version"] != FORMAT_VERSION:
             return f"{path}: format version {manifest['format_version']}, this program reads {FORMAT_VERSION}"
-        if digest != _digest_of(manifest):
+        if digest != digest_of(manifest):
             return f"{path / 'manifest.json'}: its bytes are not the ones that were written"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{path / 'manifest.json'}: {type(error).__name__}: {error}"
     for name, entry in files.items():
         try:
-            if _describe(path / name) != entry:
+            if describe(path / name) != entry:
                 return f"{path / name}: its bytes are not the ones that were written"
         except OSError as error:
             return f"{path / name}: {error.strerror}"
@@ -282,39 +290,6 @@ def _same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> N
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit())
-
-
-def _set_aside(path: Path) -> None:
-    number = 1
-    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
-        number += 1
-    path.rename(aside)
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "blake2b": hashlib.file_digest(file, "blake2b").hexdigest()[:32]}
-
-
-def _digest_of(manifest: Mapping[str, Any]) -> str:
-    """The manifest covers itself."""
-    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with path.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fsync(path: Path) -> None:
-    """Of a file or a folder: what was written is on the disk, not only on its way."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _point(link: Path, target: str) -> None:

@@ -87,7 +87,7 @@ class PrepareConfig(Section):
     """`plain`, `alpaca`, `chat`, or a text with `{text}` that the prompt is set into (label tasks)."""
     tokenizer: str | TrainedTokenizer | None = None
     """A Hugging Face id or folder, a sentencepiece `.model`, or `{sentencepiece: {…}}` to train one; default: the model's own."""
-    seq_len: int = Field(default=1024, ge=8)
+    seq_len: int = Field(default=1024, ge=16)
     """Tokens of a row."""
     long_documents: Literal["drop", "error"] = "drop"
     """A conversation of more than `seq_len` tokens: counted and dropped, or an error. Plain text is split and loses nothing."""
@@ -208,10 +208,21 @@ class RunConfig(Section):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read and check a run file with dotted overrides (`train.learning_rate=1e-5`).
+    """Read and check a run file with dotted overrides (`train.learning_rate=1e-5`), and the DeepSpeed file that it names.
 
     Raises ConfigError with one line a mistake: file, key, value, rule and remedy.
     """
+    config = read(path, overrides)
+    if zero_stage(zero_config(config.zero)) == 0 and config.train.precision == "bf16":
+        raise ConfigError(
+            f"{path}: train.precision: 'bf16' is not allowed at ZeRO stage 0 ({config.zero}): DeepSpeed's optimizer takes a "
+            "wrong first step there. Use ds_configs/zero1.json, or train.precision=fp32"
+        )
+    return config
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a run file alone: all that is needed once a run has been trained. Raises as `load` does."""
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text())
@@ -230,11 +241,6 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ValidationError as error:
         lines = [f"{path}: {_explain(problem)}" for problem in _told_once(error.errors())]
         raise ConfigError("\n".join(lines)) from None
-    if zero_stage(zero_config(config.zero)) == 0 and config.train.precision == "bf16":
-        raise ConfigError(
-            f"{path}: train.precision: 'bf16' is not allowed at ZeRO stage 0 ({config.zero}): DeepSpeed's optimizer takes a "
-            "wrong first step there. Use ds_configs/zero1.json, or train.precision=fp32"
-        )
     return config
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 
 class SftDistError(Exception):
-    """Base of the errors whose text is written for the user; `exit_code` is what the program ends with."""
+    """Base of the errors whose text is written for the user.
+
+    `exit_code` is what the program ends with, `verdict` what the life of a job is said to have ended with.
+    """
 
     exit_code = 1
+    verdict = "refused"
 
 
 class ConfigError(SftDistError):

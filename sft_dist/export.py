@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from sft_dist.checkpoint import newest_complete, read_masters, read_state
-from sft_dist.config import RunConfig, load
+from sft_dist.config import RunConfig, read
+from sft_dist.data.tokenise import Tokenizer
 from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.files import publish
 
 ABOUT = "sft_dist.json"  # in an export: which run, step and shards it is from
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,12 +39,13 @@ def read_run(run_dir: Path, dtype: torch.dtype | None = None) -> Trained:
     path = newest_complete(run_dir / "checkpoints")
     if path is None:
         raise CheckpointError(f"{run_dir}: no checkpoint there yet; train first, or name another run folder")
-    config = load(path / "run.yaml")
+    config = read(path / "run.yaml")
     made = AutoConfig.from_pretrained(path / "model")
     model = AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation="sdpa")
     read_masters(path, model)
-    model = model.to(dtype or _DTYPES[config.train.precision]).eval()
-    return Trained(model, config, path / "tokenizer", read_state(path).step)
+    for parameter in model.parameters():  # not model.to(): rotary tables stay fp32, as they do in training
+        parameter.data = parameter.data.to(dtype or _DTYPES[config.train.precision])
+    return Trained(model.eval(), config, path / "tokenizer", read_state(path).step)
 
 
 def export(run_dir: Path, out: Path, dtype: torch.dtype | None = None) -> int:
@@ -72,8 +74,7 @@ def export(run_dir: Path, out: Path, dtype: torch.dtype | None = None) -> int:
     about = {"run_dir": str(run_dir), "step": trained.step, "shards": trained.config.prepare.out}
     (staged / ABOUT).write_text(json.dumps(about, indent=2))
     _compare(staged, trained, tokenizer)
-    os.sync()
-    staged.rename(out)
+    publish(staged, out)
     return trained.step
 
 
@@ -87,7 +88,12 @@ def _compare(folder: Path, trained: Trained, tokenizer: Any) -> None:
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
     )
-    tokens = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    ids = tokenizer("".join(text.split(tokenizer.eos_token)), add_special_tokens=False)["input_ids"]
+    if ids != Tokenizer.load(str(trained.tokenizer)).encode(tokenizer.decode(ids)):
+        raise CheckpointError(
+            f"{folder}: its tokenizer gives other ids than training used; the export is not published"
+        )
+    tokens = torch.tensor([ids])
     with torch.no_grad():
         before, after = trained.model(tokens).logits, again(tokens).logits
     if not torch.equal(before, after):

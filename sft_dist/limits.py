@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+from sft_dist.files import publish
 
 Reason = Literal["completed", "stopped", "refused", "diverged"]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -64,11 +65,8 @@ class Verdict:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.life}.json"
         staged = path.with_suffix(".partial")
-        with staged.open("w") as file:
-            json.dump(asdict(self), file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
+        staged.write_text(json.dumps(asdict(self), indent=2))
+        publish(staged, path)
         return path
 
     @classmethod

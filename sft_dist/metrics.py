@@ -98,7 +98,7 @@ class TensorBoard:
     def __init__(self, folder: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None, flush_secs=10)
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0, flush_secs=10)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -130,7 +130,7 @@ class Console:
         if self._bar is None:
             print(line, file=self._stream, flush=True)
         elif "loss" in values:
-            self._bar.update(self._task, completed=step, numbers=_numbers(self._latest))
+            self._bar.update(self._task, completed=step, numbers=_brief(self._latest))
         else:
             self._bar.console.print(line, highlight=False)
 
@@ -163,9 +163,8 @@ def _progress_bar(total_steps: int, resume_step: int, stream: TextIO) -> tuple[A
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("step"),
-        BarColumn(),
         MofNCompleteColumn(),
+        BarColumn(bar_width=12),
         TimeRemainingColumn(),
         TextColumn("{task.fields[numbers]}"),
     )
@@ -190,6 +189,16 @@ _SHOWN = {
 
 def _numbers(values: Mapping[str, float]) -> str:
     return "  ".join(text.format(values[name]) for name, text in _SHOWN.items() if name in values)
+
+
+def _brief(values: Mapping[str, float]) -> str:
+    """What fits beside a bar on a terminal of 80 columns.
+
+    >>> _brief({"loss": 2.5, "validation_loss": 2.25, "tokens_per_second": 12345.0, "grad_norm": 1.0})
+    'loss 2.5000 validation 2.2500 12,345 tokens/s'
+    """
+    shown = {"loss": "loss {:.4f}", "validation_loss": "validation {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
+    return " ".join(text.format(values[name]) for name, text in shown.items() if name in values)
 
 
 def _line(step: int, total: int, values: Mapping[str, float]) -> str:

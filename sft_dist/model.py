@@ -11,7 +11,10 @@ from sft_dist.config import ModelConfig
 from sft_dist.errors import ModelError
 
 # The names transformers' families give their dropouts.
-_DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout", "embedding_dropout")
+_DROPOUTS = (
+    "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout", "embedding_dropout", "dropout",
+    "activation_dropout", "layerdrop",
+)  # fmt: skip
 
 
 def model_config(config: ModelConfig, *, vocab_size: int, seq_len: int, eos_id: int) -> PretrainedConfig:

@@ -20,6 +20,8 @@ from sft_dist.metrics import Metrics, peak_memory_bytes
 class DivergedError(SftDistError):
     """The loss or the gradient is no longer a number; nothing of that step is saved."""
 
+    verdict = "diverged"
+
 
 @dataclass(frozen=True, slots=True)
 class Cadence:
@@ -50,7 +52,7 @@ def train(
     """
     start_step = saved_step = state.step
     reason: Reason = "completed"
-    if state.step == 0:
+    if state.step == 0 and not comms.agree(stop.is_wanted()):
         _measure(0, engine, evaluator, metrics)
 
     for step in steps:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +25,7 @@ from sft_dist.data.records import Conversation, Document, Drop, Turn
 from sft_dist.data.template import Template, template_from
 from sft_dist.data.tokenise import Tokenizer, split, tokenise, train_sentencepiece
 from sft_dist.errors import ConfigError, DataError
+from sft_dist.files import publish
 
 # Reasons of records that could not be read, as opposed to those that were read and left out.
 _UNREADABLE = {
@@ -116,10 +116,7 @@ def prepare(
     funnel, splits = _fill(staged, config, template, given, progress)
     about = {"funnel": asdict(funnel), "splits": splits, "settings": settings, "sources": sources}
     (staged / "prepare.json").write_text(json.dumps(about, indent=1, ensure_ascii=False))
-    os.sync()
-    if out.exists():
-        _set_aside(out)
-    staged.rename(out)
+    publish(staged, out)
     return Report(out, about["funnel"], splits, was_already_prepared=False)
 
 
@@ -344,10 +341,3 @@ def _already(out: Path, settings: dict[str, Any], sources: dict[str, str]) -> Re
             "(the old folder is kept)"
         )
     return Report(out, about["funnel"], about["splits"], was_already_prepared=True)
-
-
-def _set_aside(out: Path) -> None:
-    number = 1
-    while (aside := out.with_name(f"{out.name}.old-{number}")).exists():
-        number += 1
-    out.rename(aside)

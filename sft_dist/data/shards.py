@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 
 from sft_dist.data.records import Document
 from sft_dist.errors import DataError
+from sft_dist.files import describe, digest_of, sync
 
 FORMAT_VERSION = 1
 KINDS = ("tokens", "targets", "starts", "lengths")
@@ -116,7 +116,7 @@ def write(
     )
     staged = folder / "manifest.partial"
     values = asdict(manifest)
-    _write_whole(staged, json.dumps({**values, "digest": _digest_of(values)}, indent=1).encode())
+    _write_whole(staged, json.dumps({**values, "digest": digest_of(values)}, indent=1).encode())
     staged.rename(folder / "manifest.json")
     return manifest
 
@@ -150,17 +150,10 @@ def _check_ids(rows: Sequence[Sequence[Document]], vocab_size: int) -> None:
             )
 
 
-def _digest_of(values: dict[str, Any]) -> str:
-    """The manifest covers itself."""
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
 def _write_whole(path: Path, content: bytes) -> dict[str, Any]:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": len(content), "blake2b": hashlib.blake2b(content, digest_size=16).hexdigest()}
+    path.write_bytes(content)
+    sync(path)
+    return describe(path)
 
 
 class Shards:
@@ -186,9 +179,11 @@ class Shards:
         try:
             values = json.loads(path.read_text())
             version, digest = values["format_version"], values.pop("digest")
-            is_sound = version != FORMAT_VERSION or digest == _digest_of(values)
+            is_sound = version != FORMAT_VERSION or digest == digest_of(values)
         except FileNotFoundError:
-            raise DataError(f"{folder}: no prepared shards there; run `sft-dist prepare RUN.yaml` first") from None
+            raise DataError(
+                f"{folder.absolute()}: no prepared shards there; run `sft-dist prepare RUN.yaml` first"
+            ) from None
         except (ValueError, KeyError, TypeError, AttributeError):
             is_sound, version = False, FORMAT_VERSION
         if not is_sound:
@@ -263,8 +258,5 @@ def _check(path: Path, entry: dict[str, Any], *, is_whole: bool) -> None:
         raise DataError(f"{path}: missing; {_REMEDY}") from None
     if size != entry["bytes"]:
         raise DataError(f"{path}: {size} bytes, the manifest says {entry['bytes']}; {_REMEDY}")
-    if is_whole:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        if digest != entry["blake2b"]:
-            raise DataError(f"{path}: its bytes are not the ones that were written; {_REMEDY}")
+    if is_whole and describe(path) != entry:
+        raise DataError(f"{path}: its bytes are not the ones that were written; {_REMEDY}")

@@ -119,8 +119,8 @@ def test_every_so_many_steps_it_logs_and_saves(tmp_path):
     ("asked_times", "done"),
     [
         (0, 0),  # at once: nothing was done, nothing is saved
-        (1 + 4, 1),  # before the second step: one agreement and four micro-batches belong to a step
-        (1 + 4 + 1 + 2, 1),  # in the middle of the second step, which is abandoned
+        (1 + 1 + 4, 1),  # before the second step: one agreement at the start, and one and four micro-batches a step
+        (1 + 1 + 4 + 1 + 2, 1),  # in the middle of the second step, which is abandoned
     ],
 )
 def test_the_wish_of_one_rank_stops_all_after_a_completed_step(tmp_path, asked_times, done):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -118,13 +116,3 @@ def assert_same_curve(ours, theirs, *, tolerance: float, drift: float | None = N
     residual = ours - theirs
     assert residual.abs().max() <= tolerance, residual
     assert residual.mean(dim=0).abs().max() <= (drift if drift is not None else tolerance / 2), residual
-
-
-def shipped() -> list[Path]:
-    """Every DeepSpeed file of the project."""
-    return sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
-
-
-def stage_of(path: Path) -> int:
-    """The ZeRO stage of a DeepSpeed file."""
-    return json.loads(path.read_text())["zero_optimization"]["stage"]

@@ -12,6 +12,7 @@ from tests.e2e.commands import ROOT, clone, run
 SHORT = "train.max_steps=4 evaluate.samples=1 train.global_batch_rows=8 train.micro_batch_rows=1"
 # Shown, and why they are not run here.
 ELSEWHERE = {
+    "source": "changes a shell; the tests run in that environment already",
     "make quickstart": "by .ci/run",
     "make test": "this is it",
     "deepspeed": "its launcher counts accelerators and finds none on a CPU machine",

@@ -58,6 +58,20 @@ def test_a_run_and_its_export_measure_the_same(finished):
     assert of_run["validation_loss"] == pytest.approx(runs.measured(finished / "run", 2)["validation_loss"], rel=1e-5)
 
 
+def test_a_llama_in_bf16_is_exported_as_it_was_trained(tmp_path):
+    """Its rotary tables stay fp32 in training and in what transformers loads: rounding them would show."""
+    path = runs.run_file(tmp_path)
+    prepare(load(path).prepare)
+    llama = (
+        "model={config: {model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, "
+        "num_attention_heads: 2, num_key_value_heads: 1}}"
+    )
+    run_workers(runs.run, 2, path, (llama, "train.max_steps=3", "train.precision=bf16", "zero=ds_configs/zero3.json"))
+    run_workers(call, 1, "export_run", tmp_path / "run", tmp_path / "export", None)
+    measured = run_workers(call, 1, "measure_model", str(tmp_path / "export"), None, micro_batch_rows=4)[0]
+    assert measured["validation_loss"] == pytest.approx(runs.measured(tmp_path / "run", 3)["validation_loss"], rel=1e-4)
+
+
 def test_an_answer_is_one_of_few_words(finished):
     answer = run_workers(call, 1, "answer_prompt", str(finished / "export"), "win a prize", 3)[0]
     assert isinstance(answer, str)
@@ -78,6 +92,14 @@ def test_what_cannot_be_measured_or_asked_is_said(finished, tmp_path):
     (moved / "sft_dist.json").unlink()
     refused(
         "no shards are known for it; name prepared ones with --shards",
+        "measure_model",
+        str(moved),
+        None,
+        micro_batch_rows=1,
+    )
+    (moved / "sft_dist.json").write_text(json.dumps({"shards": "elsewhere"}))
+    refused(
+        "its shards are not in /.*elsewhere; start from the folder",
         "measure_model",
         str(moved),
         None,

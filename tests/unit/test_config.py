@@ -192,7 +192,7 @@ WRONG = [
     ("train__learning_rate", -1e-5, "train.learning_rate: -1e-05 is not allowed: ", "greater than 0; correct the value"),
     ("train__warmup_ratio", 1, "train.warmup_ratio: 1 is not allowed: ", "less than 1; correct the value"),
     ("train__gradient_checkpointing", "yes please", "train.gradient_checkpointing: 'yes please' is not allowed: ", "boolean; correct the value"),
-    ("prepare__seq_len", 4, "prepare.seq_len: 4 is not allowed: ", "greater than or equal to 8; correct the value"),
+    ("prepare__seq_len", 4, "prepare.seq_len: 4 is not allowed: ", "greater than or equal to 16; correct the value"),
     ("prepare__sources", [], "prepare.sources: [] is not allowed: ", "correct the value"),
     ("prepare__tokenizer", {"sentencepiece": {"vocab_size": 100}}, "prepare.tokenizer.sentencepiece.vocab_size: 100 is not allowed: ", "greater than or equal to 300; correct the value"),
     ("train", "fast", "train: 'fast' is not allowed: ", "correct the value"),

@@ -214,13 +214,34 @@ def plan(run, *overrides, world_size=1, fresh=False):
     return train.Plan.of(load(run, overrides), Topology(world_size=world_size), LIFE, fresh=fresh)
 
 
+def test_steps_behind_a_state_are_counted_as_they_were_taken(run):
+    """A run whose last step was short and that is extended has one step more than the arithmetic from zero says."""
+    from sft_dist.checkpoint import TrainState
+
+    made = plan(run, "train.global_batch_rows=8", "train.epochs=2")
+    assert made.steps() == -(-made.rows // 8)
+    assert made.steps(TrainState(step=1, rows_consumed=5)) == 1 + -(-(made.rows - 5) // 8)
+    assert made.steps(TrainState(step=9, rows_consumed=made.rows)) == 9
+
+
+def test_more_processes_than_gpus_are_refused(run, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    one_line(sft_dist("train", run, "--nproc", "2"), 2, "--nproc 2: this machine has 1 usable GPUs")
+
+
+def test_a_rank_killed_by_the_kernel_is_named(capsys):
+    said = "E1123 api.py failed (exitcode: -9) local_rank: 1 (pid: 7) of binary\n"
+    local._relay(SimpleNamespace(stderr=io.StringIO(said)))
+    assert capsys.readouterr().err == "sft-dist: rank 1 of this machine was killed by SIGKILL: out of memory?\n"
+
+
 def test_few_steps_an_epoch_get_a_warning(run):
     rows = plan(run).shards.num_rows
     assert rows >= 40
     fine = plan(run, "train.global_batch_rows=2").describe()
     assert "warning" not in fine
     large = plan(run, f"train.global_batch_rows={rows // 2 + 1}")
-    assert large.steps == 4
+    assert large.steps() == 4
     assert large.describe().splitlines()[-1] == (
         f"warning: a step of {rows // 2 + 1} rows leaves only 2 steps an epoch (4 in all): few for the optimizer to move. "
         "A smaller train.global_batch_rows gives more"
@@ -285,13 +306,17 @@ def test_a_run_folder_has_one_run_at_a_time(run, tmp_path):
 
 def test_the_last_word_says_how_to_go_on(run):
     made = plan(run)
-    steps = made.steps
-    assert train._last_word(made, "completed", steps, "") == f"completed: {steps} of {steps} steps, in {made.run_dir}"
-    stopped = train._last_word(made, "stopped", 3, "asked to stop by SIGTERM")
+    steps = made.steps()
+    folder = made.run_dir
+    assert (
+        train._last_word(folder, "completed", steps, steps, "")
+        == f"completed: {steps} of {steps} steps, in {made.run_dir}"
+    )
+    stopped = train._last_word(folder, "stopped", 3, steps, "asked to stop by SIGTERM")
     assert stopped == (
         f"stopped after step 3 of {steps} (asked to stop by SIGTERM); step 3 is saved. The same command goes on from there"
     )
-    assert "no step was done" in train._last_word(made, "stopped", 0, "x")
+    assert "no step was done" in train._last_word(folder, "stopped", 0, steps, "x")
 
 
 @pytest.fixture
@@ -361,7 +386,7 @@ launch/train.py FAILED
 """
 RANK = """\
 Traceback (most recent call last):
-  File "/work/launch/train.py", line 213, in <module>
+  File "/somewhere/launch/train.py", line 213, in <module>
     code = main()
 ZeroDivisionError: division by zero
 """
@@ -450,7 +475,7 @@ def test_the_exit_code_is_the_verdicts(run, tmp_path, monkeypatch, capsys, reaso
     assert ("next:" in capsys.readouterr().out) == (reason == "completed")
     arguments = (tmp_path / "arguments").read_text().split()
     assert arguments == [
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "launch" / "train.py"), str(run),
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--shutdown-timeout=5", str(ROOT / "launch" / "train.py"), str(run),
         "train.epochs=1", "--fresh",
     ]  # fmt: skip
 
@@ -461,7 +486,7 @@ def test_ranks_that_leave_no_verdict_are_a_failure(run, tmp_path, monkeypatch, c
     assert local.run(load(run), str(run), [], 1, fresh=False) == code
     error = capsys.readouterr().err
     assert error.startswith("a rank said so\n")
-    assert "and left no verdict: see the error above" in error
+    assert "and left no verdict: see above" in error
 
 
 def test_the_first_signal_asks_and_the_ranks_end_by_themselves(run, tmp_path, monkeypatch, capfd):

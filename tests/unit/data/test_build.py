@@ -274,12 +274,12 @@ def test_records_that_are_read_and_left_out_are_not_unreadable(tmp_path, tokeniz
 
 
 def test_when_every_document_is_too_long_nothing_is_left(tmp_path, tokenizer_folder):
-    path = pairs(tmp_path / "a.jsonl", range(5))
+    path = pairs(tmp_path / "a.jsonl", range(5), answer="yes, {}" + " and on and on" * 20)
     with pytest.raises(DataError, match=r"no document is left to train on \(5 too_long\); see .*rejects\.jsonl"):
-        prepare(config_of(path, tmp_path / "out", tokenizer_folder, seq_len=8))
+        prepare(config_of(path, tmp_path / "out", tokenizer_folder, seq_len=16))
     rejects = (tmp_path / ".out.partial" / "rejects.jsonl").read_text().splitlines()
     assert len(rejects) == 5
-    assert "tokens, a row has 8" in rejects[0]
+    assert "tokens, a row has 16" in rejects[0]
 
 
 def test_a_long_conversation_may_be_an_error(tmp_path, tokenizer_folder):

@@ -1,0 +1,64 @@
+"""How files that others read come to be: whole or not at all; and how nothing a person made is ever deleted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder with everything below it, is on the disk and not only on its way."""
+    for inner in sorted(path.iterdir()) if path.is_dir() else ():
+        sync(inner)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Give a staged file or folder its name, in one rename; a folder of that name is set aside first."""
+    sync(staged)
+    if final.is_dir():
+        set_aside(final)
+    staged.replace(final)
+    sync_names(final.parent)
+
+
+def sync_names(folder: Path) -> None:
+    """Make the renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def set_aside(path: Path) -> Path:
+    """Move to `NAME.old-1`, or the first free number; returns the new place."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside
+
+
+def digest_of(values: Mapping[str, Any]) -> str:
+    """32 hexadecimal digits that stand for a JSON object, whatever the order of its keys.
+
+    >>> digest_of({"a": 1, "b": 2}) == digest_of({"b": 2, "a": 1})
+    True
+    """
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Size and digest of a file, as manifests hold them."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return {"bytes": path.stat().st_size, "blake2b": digest}
