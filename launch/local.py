@@ -114,7 +114,7 @@ def _relay(process: subprocess.Popen) -> None:
     try:
         _pass_on(process)
     except KeyboardInterrupt:
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)
         _pass_on(process)
 
 
