@@ -14,11 +14,7 @@ def sync(path: Path) -> None:
     """Wait until a file, or a folder with everything below it, is on the disk and not only on its way."""
     for inner in sorted(path.iterdir()) if path.is_dir() else ():
         sync(inner)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _flush(path)
 
 
 def publish(staged: Path, final: Path) -> None:
@@ -27,12 +23,11 @@ def publish(staged: Path, final: Path) -> None:
     if final.is_dir():
         set_aside(final)
     staged.replace(final)
-    sync_names(final.parent)
+    _flush(final.parent)  # makes the rename itself durable
 
 
-def sync_names(folder: Path) -> None:
-    """Make the renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
