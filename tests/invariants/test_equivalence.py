@@ -17,8 +17,8 @@ from tests.dist.tiny import assert_same_curve
 from tests.invariants import runs
 from tests.workers import run_workers
 
-# losses are about 6: 1e-6 relative, and the norms' rounding
-TOLERANCE = 1e-5
+# about 1e-6 relative: losses fall from 5.9 to 4.4 here, and the norms, near 3, keep to it as well
+TOLERANCE = 5e-6
 
 
 @pytest.fixture(scope="module")
