@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_dist import evaluate as measure
 from sft_dist.data.loader import Loader
+from sft_dist.data.mixture import Joined
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.errors import ConfigError
 from sft_dist.export import ABOUT, export, read_run
@@ -29,11 +30,11 @@ def _is_run(model: str) -> bool:
     return (Path(model) / "run.yaml").is_file()
 
 
-def _open(model: str) -> tuple[Any, str, str | None]:
-    """(plain model, tokenizer folder or id, shards of the run it is from) of a run folder, an export or a hub id."""
+def _open(model: str) -> tuple[Any, str, list[str]]:
+    """(plain model, tokenizer folder or id, the sets of shards of the run it is from) of a run folder, an export or a hub id."""
     if _is_run(model):
         trained = read_run(Path(model))
-        return trained.model, str(trained.tokenizer), trained.config.prepare.out
+        return trained.model, str(trained.tokenizer), trained.config.shards_dirs
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, attn_implementation="sdpa").eval()
     except (OSError, ValueError) as error:
@@ -42,7 +43,8 @@ def _open(model: str) -> tuple[Any, str, str | None]:
             "Hugging Face id"
         ) from None
     about = Path(model) / ABOUT
-    return loaded, model, json.loads(about.read_text())["shards"] if about.is_file() else None
+    known = json.loads(about.read_text())["shards"] if about.is_file() else []
+    return loaded, model, [known] if isinstance(known, str) else known
 
 
 def evaluate_models(models: tuple[str, ...], shards: str | None, *, micro_batch_rows: int, as_json: bool) -> None:
@@ -59,25 +61,28 @@ def evaluate_models(models: tuple[str, ...], shards: str | None, *, micro_batch_
 def measure_model(model: str, shards: str | None, *, micro_batch_rows: int) -> dict[str, float]:
     """The held-out numbers of a run, an export or a hub model, on its own shards or named ones."""
     loaded, tokenizer, own_shards = _open(model)
-    folder = shards or own_shards
-    if folder is None:
+    folders = [shards] if shards else own_shards
+    if not folders:
         raise ConfigError(f"{model}: no shards are known for it; name prepared ones with --shards FOLDER")
-    return _measure(loaded, tokenizer, Path(folder), model, micro_batch_rows)
+    return _measure(loaded, tokenizer, [Path(folder) for folder in folders], model, micro_batch_rows)
 
 
-def _measure(model: Any, tokenizer: str, folder: Path, name: str, micro_batch_rows: int) -> dict[str, float]:
-    if not folder.is_dir():
+def _measure(model: Any, tokenizer: str, folders: list[Path], name: str, micro_batch_rows: int) -> dict[str, float]:
+    for folder in (folder for folder in folders if not folder.is_dir()):
         raise ConfigError(
             f"{name}: its shards are not in {folder.absolute()}; start from the folder that the run was started from, or "
             "name them with --shards FOLDER"
         )
-    validation = measure.open_shards(folder, "validation")
-    if validation is None:
-        raise ConfigError(f"{folder}: has no validation split; set prepare.validation_fraction and prepare again")
+    sets = [shards for folder in folders if (shards := measure.open_shards(folder, "validation"))]
+    if not sets:
+        where = ", ".join(map(str, folders))
+        raise ConfigError(f"{where}: has no validation split; set prepare.validation_fraction and prepare again")
+    validation = Joined(sets)
     measure.same_tokenizer(validation, Tokenizer.load(tokenizer).fingerprint, name)
     forward, comms = measure.alone(model, _device())
-    loader = Loader(validation, Topology(), seed=0, micro_batch_rows=micro_batch_rows, shuffle=False)
-    evaluator = measure.Evaluator(comms, loader, measure.LabelTask.open(folder / "labels"))
+    loader = Loader(validation, Topology(), micro_batch_rows=micro_batch_rows, shuffle=False)
+    task = measure.LabelTask.open(folders[0] / "labels") if len(folders) == 1 else None
+    evaluator = measure.Evaluator(comms, loader, task)
     try:
         return evaluator.metrics(forward)
     finally:
@@ -106,12 +111,13 @@ def answer_prompt(model: str, prompt: str, max_new_tokens: int) -> str:
     context = getattr(loaded.config, "max_position_embeddings", None) or length + max_new_tokens
     if length >= context:
         raise ConfigError(f"--prompt: {length} tokens do not leave room in a context of {context}; shorten it")
+    ends = Tokenizer.load(folder).end_ids if _is_run(model) else loaded.generation_config.eos_token_id
     with torch.no_grad():
         made = loaded.to(_device()).generate(
             **asked,
             max_new_tokens=min(max_new_tokens, context - length),
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends,
         )
     return tokenizer.decode(made[0, length:], skip_special_tokens=True).strip()

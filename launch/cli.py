@@ -37,21 +37,49 @@ def main() -> None:
     """
 
 
+class TaskOption(click.ParamType):
+    """`I/N`: the I-th (from 1) of N tasks of a job array."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, parameter: Any, context: Any) -> tuple[int, int]:
+        index, slash, count = str(value).partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+            self.fail(f"{value!r}: not of the form I/N with 1 <= I <= N; write for example 3/64", parameter, context)
+        return int(index), int(count)
+
+
 @main.command()
 @click.argument("run_file", metavar="RUN.yaml")
 @OVERRIDES
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Processes; default: one a core. The bytes do not depend on it."
+)
+@click.option("--task", type=TaskOption(), help="Do only the I-th of N parts, as one task of a job array.")
+@click.option("--merge", "only_merge", is_flag=True, help="After all tasks: what only the whole can decide.")
 @click.option("--fresh", is_flag=True, help="Prepare anew; shards that are there are set aside, not deleted.")
 @PRINT_CONFIG
-def prepare(run_file: str, overrides: tuple[str, ...], fresh: bool, print_config: bool) -> None:
-    """Raw records → shards (train and validation)."""
-    from launch.prepare import run
+def prepare(
+    run_file: str,
+    overrides: tuple[str, ...],
+    workers: int | None,
+    task: tuple[int, int] | None,
+    only_merge: bool,
+    fresh: bool,
+    print_config: bool,
+) -> None:
+    """Raw records → shards (train and validation); an interrupted one goes on where it was."""
+    from launch import prepare as preparation
     from sft_dist.config import load
 
     config = load(run_file, overrides)
     if print_config:
         click.echo(_as_yaml(config))
         return
-    run(config, fresh=fresh)
+    if task and only_merge:
+        raise click.UsageError("--task does a part and --merge what comes after all parts; give one of them")
+    part = preparation.Task(task[0] - 1, task[1]) if task else None
+    preparation.run(config, fresh=fresh, workers=workers, task=part, only_merge=only_merge)
 
 
 @main.command()
@@ -59,11 +87,14 @@ def prepare(run_file: str, overrides: tuple[str, ...], fresh: bool, print_config
 @click.option(
     "--row", type=int, help="Decode this row (0-based): target, context, padding and document boundaries in colour."
 )
-def inspect(shards: str, row: int | None) -> None:
-    """Statistics of prepared shards, and one row decoded."""
+@click.option(
+    "--html", type=click.Path(path_type=Path), metavar="FILE", help="Write it all as one page that needs nothing else."
+)
+def inspect(shards: str, row: int | None, html: Path | None) -> None:
+    """What prepared shards hold: the funnel, lengths, examples, rejects; or one row decoded."""
     from launch.prepare import show
 
-    show(Path(shards), row)
+    show(Path(shards), row, html)
 
 
 @main.command()

@@ -11,6 +11,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +24,10 @@ from sft_dist.comms import Comms
 from sft_dist.config import zero_stage
 from sft_dist.data.build import read_conversations
 from sft_dist.data.loader import Loader, Step
-from sft_dist.data.template import template_from
+from sft_dist.data.mixture import Joined
+from sft_dist.data.order import row_numbers
 from sft_dist.data.tokenise import Tokenizer
+from sft_dist.data.work import template_for
 from sft_dist.engine import Engine
 from sft_dist.evaluate import Evaluator, LabelTask, Sampling, open_shards, prompts
 from sft_dist.metrics import Console, JsonLines, Metrics, TensorBoard
@@ -57,6 +60,10 @@ def identity(plan: Plan, made: Any) -> dict[str, Any]:
     about = {k: v for k, v in made.to_dict().items() if k not in ("transformers_version", "_name_or_path", "dtype")}
     digest = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=16)
     manifest = plan.shards.manifest
+    # what a run may do without is not named without it: older checkpoints go on
+    more = {"mixture": plan.mixture.identity()} if plan.mixture else {}
+    if plan.config.train.order != "rows":
+        more["order"] = plan.config.train.order.model_dump()
     return {
         "model": digest.hexdigest(),
         "data": manifest.data,
@@ -64,6 +71,7 @@ def identity(plan: Plan, made: Any) -> dict[str, Any]:
         "template": manifest.template,
         "global_batch_rows": plan.batch.global_batch_rows,
         "seed": plan.config.train.seed,
+        **more,
     }
 
 
@@ -109,7 +117,7 @@ def write_run_files(plan: Plan, made: Any) -> None:
 
 def engine(plan: Plan, model: Any, device: torch.device) -> Engine:
     """The model under ZeRO."""
-    return Engine(model, plan.zero, plan.config.train, plan.batch, plan.topology, device)
+    return Engine(model, plan.zero, plan.config.train, plan.batch, plan.topology, device, len(plan.config.shards_dirs))
 
 
 def prove_isolation(plan: Plan, engine: Engine, made: Any) -> float:
@@ -140,10 +148,12 @@ def resume(plan: Plan, checkpoints: Checkpoints, engine: Engine) -> tuple[TrainS
     return state, "\n".join(lines)
 
 
-def steps(plan: Plan, state: TrainState) -> Iterator[Step]:
-    """What is left of the stream of training rows, as this rank sees it."""
+def steps(plan: Plan, state: TrainState, device: torch.device) -> Iterator[Step]:
+    """What is left of the stream of training rows, as this rank sees it, made on `device`."""
     train = plan.config.train
-    loader = Loader(plan.shards, plan.topology, seed=train.seed, micro_batch_rows=train.micro_batch_rows)
+    in_epochs = functools.partial(row_numbers, num_rows=plan.shards.num_rows, seed=train.seed, blocks=plan.blocks)
+    order = plan.mixture.rows if plan.mixture else in_epochs
+    loader = Loader(plan.shards, plan.topology, micro_batch_rows=train.micro_batch_rows, order=order, device=device)
     return loader.steps(start=state.rows_consumed, end=plan.rows, global_batch_rows=plan.batch.global_batch_rows)
 
 
@@ -162,19 +172,26 @@ def schedule(plan: Plan, total_steps: int) -> Callable[[int], float]:
 def evaluator(plan: Plan, comms: Comms) -> Evaluator:
     """What is measured on the held-out data."""
     tokenizer = Tokenizer.load(str(plan.shards_dir / "tokenizer"))
-    shards = open_shards(plan.shards_dir, "validation")
-    micro = plan.config.train.micro_batch_rows
-    validation = Loader(shards, plan.topology, seed=0, micro_batch_rows=micro, shuffle=False) if shards else None
+    folders = [Path(folder) for folder in plan.config.shards_dirs]
+    sets = [shards for folder in folders if (shards := open_shards(folder, "validation"))]
+    micro, device = plan.config.train.micro_batch_rows, comms.device
+    validation = (
+        Loader(Joined(sets), plan.topology, micro_batch_rows=micro, shuffle=False, device=device) if sets else None
+    )
     records = read_conversations(plan.shards_dir / "validation.jsonl")
+    name = (
+        "tokenizer" if plan.template.endswith(".jinja") else plan.template
+    )  # such a file is the tokenizer's own by now
     evaluate = plan.config.evaluate
     sampling = Sampling(
-        prompts(records, template_from(plan.config.prepare.template), tokenizer, evaluate.samples),
+        prompts(records, template_for(name, tokenizer), tokenizer, evaluate.samples),
         decode=tokenizer.decode,
-        eos_id=tokenizer.eos_id,
+        end_ids=tokenizer.end_ids,
         context=plan.shards.seq_len,
         max_new_tokens=evaluate.max_new_tokens,
     )
-    return Evaluator(comms, validation, LabelTask.open(plan.shards_dir / "labels"), sampling)
+    task = None if plan.mixture else LabelTask.open(plan.shards_dir / "labels")
+    return Evaluator(comms, validation, task, sampling)
 
 
 def metrics(plan: Plan, state: TrainState, total_steps: int) -> tuple[Metrics, Callable[[str], None]]:

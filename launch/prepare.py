@@ -3,61 +3,72 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sft_dist.config import RunConfig
-from sft_dist.data.build import prepare
+from sft_dist.data.build import Task, available_workers, prepare
 from sft_dist.data.shards import Shards
 from sft_dist.data.tokenise import Tokenizer
-from sft_dist.data.view import render_row, statistics
-from sft_dist.errors import DataError
+from sft_dist.data.view import overview, page, render_overview, render_row, split_folders, write_page
+from sft_dist.errors import ConfigError
 
 
-def run(config: RunConfig, *, fresh: bool) -> None:
-    """Prepare the shards of a run and print the funnel."""
+def run(config: RunConfig, *, fresh: bool, workers: int | None, task: Task | None, only_merge: bool) -> None:
+    """Prepare the shards of a run, or a task's part of them, and print the funnel."""
+    if config.prepare is None:
+        raise ConfigError(
+            "prepare: this run file has none (it trains on a mixture); prepare each of its sets by its own file"
+        )
     console = Console(stderr=True)
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}"), TimeElapsedColumn(),
-        console=console, disable=not console.is_terminal, transient=True,
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(), TimeRemainingColumn(),
+        console=console, transient=True,
     )  # fmt: skip
     tasks: dict[str, int] = {}
+    tokens_of: Counter[str] = Counter()
 
-    def progress(stage: str, done: int) -> None:
+    def progress(stage: str, done: int, total: int, tokens: int) -> None:
+        if not console.is_terminal:
+            return
         if stage not in tasks:
-            tasks[stage] = bar.add_task(stage, total=None)
-        bar.update(tasks[stage], completed=done)
+            bar.start()  # not before the workers are forked: it has a thread
+            tasks[stage] = bar.add_task(stage, total=total, rate="")
+        tokens_of[stage] += tokens
+        seconds = bar.tasks[tasks[stage]].elapsed or 0.0
+        rate = f"{tokens_of[stage] / seconds:,.0f} tokens/s" if tokens and seconds else ""
+        bar.update(tasks[stage], completed=done, total=total, rate=rate)
 
-    with bar:
-        report = prepare(config.prepare, default_tokenizer=config.model.name_or_path, progress=progress, fresh=fresh)
-    print(report.describe(), file=sys.stdout)
+    try:
+        report = prepare(
+            config.prepare, default_tokenizer=config.model.name_or_path, progress=progress, say=console.print, fresh=fresh,
+            workers=workers or available_workers(), task=task, only_merge=only_merge,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        console.print("interrupted: what is done is kept; run it again and it goes on from there")
+        sys.exit(130)
+    finally:
+        if tasks:
+            bar.stop()
+    if report is None:
+        print(f"task {task.index + 1}/{task.count}: done. When all are: sft-dist prepare RUN.yaml --merge")
+    else:
+        print(report.describe())
 
 
-def show(folder: Path, row: int | None) -> None:
-    """Print the statistics of every split in `folder` (or of the one split it is), or one decoded row."""
+def show(folder: Path, row: int | None, html: Path | None) -> None:
+    """Print what is in the shards of `folder` (or in the one split it is), or one decoded row; or write it all as a page."""
     console = Console()
-    splits = (
-        [folder] if (folder / "manifest.json").is_file() else sorted(p.parent for p in folder.glob("*/manifest.json"))
-    )
-    if not splits:
-        raise DataError(f"{folder}: no shards there; run `sft-dist prepare RUN.yaml`, or name its prepare.out")
-    if row is not None:
-        split = folder if folder in splits else folder / "train"
-        tokenizer = Tokenizer.load(str(split.parent / "tokenizer"))
-        console.print(render_row(Shards.open(split), tokenizer, row))
-        return
-    table = Table(title=str(folder))
-    table.add_column("")
-    columns = {split.name: statistics(Shards.open(split)) for split in splits}
-    for name in columns:
-        table.add_column(name, justify="right")
-    for key in next(iter(columns.values())):
-        table.add_row(key, *(_number(values[key]) for values in columns.values()))
-    console.print(table)
-
-
-def _number(value: object) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    if html is not None:
+        write_page(html, page(overview(folder, row=row)))
+        print(f"{html}: written; open it in a browser")
+    elif row is not None:
+        found = split_folders(folder)
+        split = folder / "train" if folder not in found else folder
+        console.print(render_row(Shards.open(split), Tokenizer.load(str(split.parent / "tokenizer")), row))
+    else:
+        console.print(render_overview(overview(folder)))

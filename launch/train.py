@@ -6,12 +6,10 @@ torchrun --nproc_per_node=8 launch/train.py RUN.yaml [KEY=VALUE...]
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import logging
 import os
 import shutil
-import socket
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,8 +21,11 @@ if __package__ in (None, ""):  # started by path from a clone
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sft_dist.config import Batch, RunConfig, derive_batch, load, num_steps, total_rows, zero_config, zero_stage
+from sft_dist.data.mixture import Joined, Mixture
+from sft_dist.data.order import Blocks
 from sft_dist.data.shards import Shards
 from sft_dist.errors import ConfigError, SftDistError
+from sft_dist.files import hold
 from sft_dist.limits import StopRequest, Verdict
 from sft_dist.topology import Life, Topology
 
@@ -70,7 +71,8 @@ class Plan:
     is_fresh: bool
     run_dir: Path
     shards_dir: Path
-    shards: Shards
+    shards: Shards | Joined
+    mixture: Mixture | None
     zero: dict[str, Any]
     batch: Batch
     rows: int
@@ -78,14 +80,30 @@ class Plan:
     @classmethod
     def of(cls, config: RunConfig, topology: Topology, life: Life, *, fresh: bool) -> Plan:
         """Open the shards and do the arithmetic; raises ConfigError or DataError."""
-        run_dir, shards_dir = Path(config.run_dir), Path(config.prepare.out)
-        shards = Shards.open(shards_dir / "train")
+        run_dir, shards_dir = Path(config.run_dir), Path(config.shards_dirs[0])
+        shards, mixture = _rows(config)
         saved = {} if fresh else _saved_identity(run_dir / "checkpoints")
         batch = derive_batch(
-            config.train, topology.world_size, shards.manifest.documents_per_row, saved.get("global_batch_rows")
+            config.train,
+            topology.world_size,
+            (mixture or shards.manifest).documents_per_row,
+            saved.get("global_batch_rows"),
         )
         rows = total_rows(config.train, batch, shards.num_rows)
-        return cls(config, topology, life, fresh, run_dir, shards_dir, shards, zero_config(config.zero), batch, rows)
+        zero = zero_config(config.zero)
+        return cls(config, topology, life, fresh, run_dir, shards_dir, shards, mixture, zero, batch, rows)
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """The order by blocks, None for `rows`."""
+        return _blocks(self.config)
+
+    @property
+    def template(self) -> str:
+        """What the sample prompts are set into: of a mixture the first set's."""
+        if self.config.prepare is not None:
+            return self.config.prepare.template
+        return json.loads((self.shards_dir / "prepare.json").read_text())["settings"]["prepare"]["template"]
 
     def steps(self, state: TrainState | None = None) -> int:
         """Optimizer steps of the whole run; those behind `state` are counted as they were taken."""
@@ -94,7 +112,7 @@ class Plan:
 
     def describe(self) -> str:
         """The derived numbers, for a person; with a warning where they make little sense."""
-        per_row = self.shards.manifest.documents_per_row
+        per_row = (self.mixture or self.shards.manifest).documents_per_row
         an_epoch = num_steps(self.shards.num_rows, self.batch)
         batch = self.batch
         lines = [
@@ -104,12 +122,30 @@ class Plan:
             f"run: {self.steps():,} steps, {an_epoch:,} an epoch, ZeRO stage {zero_stage(self.zero)}, "
             f"{self.config.train.precision}, learning rate {self.config.train.learning_rate:g}",
         ]
+        if self.mixture:
+            epochs = self.mixture.epochs(self.rows)
+            lines.append("mixture: " + ", ".join(f"{name} {count:.2f} times" for name, count in epochs.items()))
         if an_epoch < 20:
             lines.append(
                 f"warning: a step of {batch.global_batch_rows:,} rows leaves only {an_epoch} steps an epoch "
                 f"({self.steps()} in all): few for the optimizer to move. A smaller train.global_batch_rows gives more"
             )
         return "\n".join(lines)
+
+
+def _rows(config: RunConfig) -> tuple[Shards | Joined, Mixture | None]:
+    """The training rows of a run, and of a mixture how they are drawn."""
+    sets = [Shards.open(Path(folder) / "train") for folder in config.shards_dirs]
+    if config.prepare is not None:
+        return sets[0], None
+    joined = Joined(sets)
+    names, weights = zip(*((entry.label, entry.weight) for entry in config.mixture), strict=True)
+    return joined, Mixture(joined, names, weights, config.train.seed, _blocks(config))
+
+
+def _blocks(config: RunConfig) -> Blocks | None:
+    order = config.train.order
+    return None if order == "rows" else Blocks(order.block_rows, order.window_blocks)
 
 
 def _saved_identity(folder: Path) -> dict[str, Any]:
@@ -154,7 +190,7 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
 
     try:
         reason, state = train(
-            steps=parts.steps(plan, state),
+            steps=parts.steps(plan, state, device),
             engine=engine,
             comms=comms,
             state=state,
@@ -164,6 +200,7 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
             metrics=metrics,
             stop=stop,
             cadence=parts.cadence(plan, total),
+            epochs_of_sets=plan.mixture.epochs if plan.mixture and len(plan.mixture.names) > 1 else None,
         )
     finally:
         metrics.close()
@@ -187,22 +224,13 @@ def _last_word(run_dir: Path, reason: str, step: int, total: int, detail: str) -
 
 
 def lock(run_dir: Path) -> TextIO:
-    """Hold the run folder for as long as the file stays open: a kill releases it too. Raises ConfigError when it is held."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = (run_dir / ".lock").open("a+")
+    """Hold the run folder for as long as the file stays open. Raises ConfigError when it is held."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another run"
-        file.close()
+        return hold(run_dir / ".lock")
+    except BlockingIOError as error:
         raise ConfigError(
-            f"run_dir: {run_dir} is in use by {holder}; wait for it, stop it, or choose another run_dir"
+            f"run_dir: {run_dir} is in use by {error}; wait for it, stop it, or choose another run_dir"
         ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
 
 
 # What a run writes, beside its shards.

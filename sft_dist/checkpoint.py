@@ -280,10 +280,10 @@ def read_masters(path: Path, module: torch.nn.Module) -> None:
 
 
 def _same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for key in now:
-        if saved.get(key) != now[key]:
+    for key in now | saved:
+        if saved.get(key) != now.get(key):
             raise CheckpointError(
-                f"{path}: was made with {key} = {saved.get(key)!r}, this run has {now[key]!r}. Continue with the old "
+                f"{path}: was made with {key} = {saved.get(key)!r}, this run has {now.get(key)!r}. Continue with the old "
                 "value, take another run_dir, or start over with --fresh (nothing is deleted)"
             )
 

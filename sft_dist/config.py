@@ -42,15 +42,19 @@ class Section(BaseModel):
     )
 
 
+Schema = Literal["label", "prompt_response", "messages", "sharegpt", "alpaca", "self_instruct", "text", "tokens"]
+Format = Literal["jsonl", "json", "csv", "tsv", "txt", "parquet", "megatron", "nanogpt"]
+
+
 class SourceConfig(Section):
-    """One file (or glob, or folder) of raw records, and how to read it."""
+    """One file (or glob, or folder, or dataset of the Hugging Face hub) of raw records, and how to read it."""
 
     path: str
-    """A file, a glob or a folder; relative to the current directory."""
-    schema_: Literal["label", "prompt_response", "messages", "alpaca", "self_instruct", "text"] = Field(alias="schema")
-    """How a record becomes a conversation."""
-    format: Literal["jsonl", "json", "csv", "tsv", "txt"] | None = None
-    """Default: from the file's suffix."""
+    """A file, a glob or a folder, relative to the current directory; or `hf:` and the id of a dataset on the hub."""
+    schema_: Schema | None = Field(default=None, alias="schema")
+    """How a record becomes a conversation; default: found from the first records, and said aloud."""
+    format: Format | None = None
+    """Default: from the file's suffix; each also as .gz or .zst. `megatron` and `nanogpt` hold token ids."""
     delimiter: str | None = Field(default=None, min_length=1, max_length=1)
     """Column separator; a tab means that quotes are ordinary characters. Implies csv or tsv."""
     text: Column = "text"
@@ -60,6 +64,10 @@ class SourceConfig(Section):
     prompt: Column = "prompt"
     response: Column = "response"
     messages: Column = "messages"
+    subset: str | None = None
+    """Configuration of an `hf:` dataset."""
+    split: str = "train"
+    """Split of an `hf:` dataset."""
 
 
 class SentencePieceTraining(Section):
@@ -77,26 +85,79 @@ class TrainedTokenizer(Section):
     sentencepiece: SentencePieceTraining
 
 
+class SelectConfig(Section):
+    """LIMA-style selection: of what survives everything else, the best and most different examples."""
+
+    count: int = Field(ge=1)
+    """Training examples to keep."""
+    quality: Float = Field(default=0.5, ge=0.0, le=1.0)
+    """0 spreads the choice as widely as possible, 1 takes the highest quality only."""
+
+
+class CurateConfig(Section):
+    """What is mended, and what is dropped: each change and each drop is counted, each drop told in `rejects.jsonl`."""
+
+    normalise: Literal["NFC", "NFKC"] | None = "NFC"
+    """Unicode form of all text; null: as it comes."""
+    control_characters: bool = True
+    """Remove control characters and carriage returns (tabs and line ends stay)."""
+    mojibake: bool = True
+    """Repair text that was decoded wrongly (`schÃ¶n` → `schön`), with ftfy."""
+    html_entities: bool = False
+    """Turn `&amp;` into `&`; off, because an example may be about HTML."""
+    strip_end_of_text: bool = False
+    """Remove the tokenizer's end token where it is spelled out at the end of a response."""
+    min_prompt_characters: int = Field(default=1, ge=1)
+    max_prompt_characters: int | None = Field(default=None, ge=1)
+    min_response_characters: int = Field(default=1, ge=1)
+    max_response_characters: int | None = Field(default=None, ge=1)
+    max_repetition: Float | None = Field(default=None, gt=0.0, le=1.0)
+    """Drop a response when more than this share of its words lies in repeated 5-word sequences; 0.3 is usual."""
+    max_symbols: Float | None = Field(default=None, gt=0.0, le=1.0)
+    """Drop a response when more than this share of its characters is neither letter, digit nor space."""
+    languages: list[str] | None = None
+    """Keep only these languages (ISO 639-1, as `[en, de]`); needs the extra `sft-dist[language]`."""
+    duplicates: bool = True
+    """Drop exact repeats of prompt and response (before the split, or the score is a lie)."""
+    same_prompt: Literal["keep", "first", "last", "longest"] = "keep"
+    """Which answers stay when one prompt has several."""
+    near_duplicates: Float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Drop training examples whose words are this similar (Jaccard, by MinHash) to an earlier one; 0.8 is usual."""
+    near_validation: Float | None = Field(default=0.8, gt=0.0, lt=1.0)
+    """Drop training examples whose prompt is this similar to a validation one; null: allow them."""
+    decontaminate: list[SourceConfig] = []
+    """Evaluation files: training examples that contain what they hold are dropped."""
+    decontaminate_validation: bool = False
+    """The same against the validation split; off, because prompts often share a long instruction by design."""
+    decontaminate_words: int = Field(default=13, ge=3)
+    """An evaluation text and a training example overlap when they share so many words in a row."""
+    select: SelectConfig | None = None
+    """Keep only the best-spread, highest-quality examples (Zhou et al. 2023, "LIMA"); needs `sft-dist[select]`."""
+
+
 class PrepareConfig(Section):
     """Raw records → shards."""
 
     sources: list[SourceConfig] = Field(min_length=1)
     validation_sources: list[SourceConfig] = []
     """Files that are validation as a whole; with them `validation_fraction` is usually 0."""
+    curate: CurateConfig = CurateConfig()
     template: str = "plain"
-    """`plain`, `alpaca`, `chat`, or a text with `{text}` that the prompt is set into (label tasks)."""
+    """`plain`, `alpaca`, `chat`, `chatml`, `llama2`, `llama3`; `tokenizer` (its own chat template); a `.jinja` file; or a text
+    with `{text}` that the prompt is set into (label tasks)."""
     tokenizer: str | TrainedTokenizer | None = None
     """A Hugging Face id or folder, a sentencepiece `.model`, or `{sentencepiece: {…}}` to train one; default: the model's own."""
     seq_len: int = Field(default=1024, ge=16)
     """Tokens of a row."""
-    long_documents: Literal["drop", "error"] = "drop"
-    """A conversation of more than `seq_len` tokens: counted and dropped, or an error. Plain text is split and loses nothing."""
+    long_documents: Literal["split", "truncate_turns", "drop", "error"] = "split"
+    """What becomes of more than `seq_len` tokens. `split` loses no target: further rows go on, with context before them;
+    `truncate_turns` leaves out the last turns; each is counted."""
+    packing: Literal["best_fit", "concat", "none"] = "best_fit"
+    """How documents share rows: whole ones fitted together, one stream cut into rows (plain text), or one a row."""
     validation_fraction: Float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the records held out, chosen by a hash of the prompt."""
     max_reject_fraction: Float = Field(default=0.01, ge=0.0, le=1.0)
     """Above this share of unreadable records `prepare` stops."""
-    deduplicate: bool = True
-    """Drop exact repeats of prompt and response (before the split, or the score is a lie)."""
     rows_per_shard: int = Field(default=65_536, ge=1)
     """Rows of one shard file."""
     seed: int = Field(default=0, ge=0)
@@ -132,6 +193,15 @@ class ModelConfig(Section):
         return self.init == "scratch" or (self.init is None and self.name_or_path is None)
 
 
+class BlockOrder(Section):
+    """An order of the rows for parallel file systems, which are slow at small random reads."""
+
+    block_rows: int = Field(default=1024, ge=1)
+    """Consecutive rows that stay near each other; the blocks are shuffled."""
+    window_blocks: int = Field(default=64, ge=1)
+    """Blocks whose rows are shuffled together: the more, the better mixed and the more files open at a time."""
+
+
 class TrainConfig(Section):
     """Shards → optimizer steps."""
 
@@ -162,6 +232,8 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     seed: int = Field(default=0, ge=0)
+    order: Literal["rows"] | BlockOrder = "rows"
+    """How the rows of an epoch are shuffled: `rows`, all of them; or `{block_rows: 1024, window_blocks: 64}`."""
     log_every_steps: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
@@ -193,18 +265,60 @@ class CheckpointConfig(Section):
     """Older complete checkpoints are removed."""
 
 
+class MixtureConfig(Section):
+    """One prepared set of a mixture, and how much of it."""
+
+    shards: str
+    """Folder of the set: the `prepare.out` of its own run file."""
+    weight: Float = Field(gt=0)
+    """Share of the tokens, in any unit: 3.0 beside 1.0 is three quarters."""
+    name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
+    """What its metrics are called (`loss/NAME`); default: the folder's name, or of `x/shards` the name `x`."""
+
+    @property
+    def label(self) -> str:
+        """The name, given or derived.
+
+        >>> MixtureConfig(shards="runs/chat/shards", weight=1.0).label
+        'chat'
+        """
+        folder = Path(self.shards)
+        return self.name or (folder.parent.name if folder.name == "shards" else "") or folder.name
+
+
 class RunConfig(Section):
     """A run file."""
 
     run_dir: str
     """Everything of the run: run.yaml, metrics.jsonl, tensorboard/, checkpoints/, verdicts/."""
-    prepare: PrepareConfig
+    prepare: PrepareConfig | None = None
+    """Raw records of the run (this, or `mixture`)."""
+    mixture: list[MixtureConfig] = Field(default=[], max_length=64)
+    """Prepared sets to train on; `train.epochs` then counts the rows of all sets together."""
     model: ModelConfig
     train: TrainConfig
     zero: str = "ds_configs/zero2.json"
     """A DeepSpeed file with only what DeepSpeed owns: stage, offload, buckets, overlap."""
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _one_origin_of_rows(self) -> RunConfig:
+        if (self.prepare is None) == (not self.mixture):
+            raise ValueError("exactly one of prepare and mixture is needed; add or remove one")
+        folders = [str(Path(entry.shards).resolve()) for entry in self.mixture]
+        labels = [entry.label for entry in self.mixture]
+        for entry, folder, label in zip(self.mixture, folders, labels, strict=True):
+            if folders.count(folder) > 1:
+                raise ValueError(f"mixture: {entry.shards} is there twice; name it once, with the sum of the weights")
+            if labels.count(label) > 1:
+                raise ValueError(f"mixture: two sets are called {label!r}; give each another name")
+        return self
+
+    @property
+    def shards_dirs(self) -> list[str]:
+        """The folders that the run's rows come from; tokenizer and sample prompts are the first one's."""
+        return [entry.shards for entry in self.mixture] if self.prepare is None else [self.prepare.out]
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -306,6 +420,8 @@ def _told(problem: Any) -> tuple[int, bool]:
 
 def _written(problem: Any) -> list[Any]:
     """The location without the branches of unions; an unknown key is a person's word even where it is called like one."""
+    if not problem["loc"]:  # a rule of the whole file
+        return []
     *parents, last = problem["loc"]
     is_own = problem["type"] == "extra_forbidden" or not _is_branch(last)
     return [part for part in parents if not _is_branch(part)] + [last] * is_own
@@ -313,7 +429,8 @@ def _written(problem: Any) -> list[Any]:
 
 def _is_branch(part: Any) -> bool:
     """Pydantic names the branch of a union in the location; a person never wrote it."""
-    return part in ("str", "TrainedTokenizer", "int") or (isinstance(part, str) and part.startswith("function-"))
+    names = ("str", "TrainedTokenizer", "int", "BlockOrder")
+    return part in names or (isinstance(part, str) and part.startswith(("function-", "literal[")))
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:

@@ -17,16 +17,20 @@ import torch
 from sft_dist import layout
 from sft_dist.attention import packed_logits
 from sft_dist.config import Batch, TrainConfig, zero_stage
-from sft_dist.loss import target_loss_sum
+from sft_dist.loss import sums_by_set, target_log_probs
 from sft_dist.topology import Topology
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What one optimizer step did: this rank's summed loss, and the global gradient norm before clipping."""
+    """What one optimizer step did: this rank's summed loss, and the global gradient norm before clipping.
+
+    `set_sums`: fp64 [2, sets] on the device, this rank's summed loss and number of targets of each set of a mixture.
+    """
 
     loss_sum: torch.Tensor
     grad_norm: float
+    set_sums: torch.Tensor | None = None
 
 
 def deepspeed_config(zero: dict[str, Any], config: TrainConfig, batch: Batch) -> dict[str, Any]:
@@ -75,8 +79,9 @@ class Engine:
         batch: Batch,
         topology: Topology,
         device: torch.device,
+        num_sets: int = 1,
     ) -> None:
-        self.config, self.topology, self.device = config, topology, device
+        self.config, self.topology, self.device, self.num_sets = config, topology, device, num_sets
         self.stage = zero_stage(zero)
         self.adam = torch.optim.AdamW(
             decay_groups(model, config.weight_decay),
@@ -96,13 +101,14 @@ class Engine:
         """
         self.deepspeed.train()
         loss_sum = torch.zeros((), device=self.device)
+        set_sums = torch.zeros(2, self.num_sets, dtype=torch.float64, device=self.device) if self.num_sets > 1 else None
         batches = _with_last(micro_batches)
         for is_last, micro_batch in batches:
             if should_abandon():
                 return None
             self._seed(micro_batch.first_ordinal)
             self.deepspeed.set_gradient_accumulation_boundary(is_last)
-            loss = self._loss_sum(micro_batch)
+            loss = self._loss_sum(micro_batch, set_sums)
             # DeepSpeed averages over the ranks; a global sum over a global count wants the sum: times the world.
             self.deepspeed.backward(loss / denominator * self.topology.world_size, scale_wrt_gas=False)
             loss_sum += loss.detach()
@@ -112,7 +118,7 @@ class Engine:
         self.deepspeed.step()
         if grad_norm is None:
             grad_norm = float(self.deepspeed.get_global_grad_norm())
-        return Applied(loss_sum, grad_norm)
+        return Applied(loss_sum, grad_norm, set_sums)
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -139,11 +145,14 @@ class Engine:
         layout.set_adam_step(self.adam, adam_step)
         layout.refresh_weights(self.deepspeed.optimizer, self.adam)
 
-    def _loss_sum(self, micro_batch: Any) -> torch.Tensor:
+    def _loss_sum(self, micro_batch: Any, set_sums: torch.Tensor | None) -> torch.Tensor:
         tokens, targets, positions = (
             getattr(micro_batch, name).to(self.device) for name in ("tokens", "targets", "positions")
         )
-        return target_loss_sum(packed_logits(self.deepspeed, tokens, positions), tokens, targets)
+        log_probs = target_log_probs(packed_logits(self.deepspeed, tokens, positions), tokens, targets)
+        if set_sums is not None:  # a by-product: the loss that is optimised does not depend on it
+            set_sums += sums_by_set(log_probs.detach(), targets, micro_batch.sets.to(self.device), self.num_sets)
+        return -log_probs.sum()
 
     def _seed(self, ordinal: int) -> None:
         """Randomness belongs to the data: the draws of a micro-batch depend on its first row, never on the rank."""

@@ -127,18 +127,21 @@ def prompts(records: Iterable[Conversation], template: Template, tokenizer: Toke
     made = []
     for record in itertools.islice(records, count):
         if record.prompt:
-            ids = prompt_ids(template.render_prompt(record.prompt, tokenizer.eos_token), tokenizer)
+            spans = template.render_prompt(record.prompt, tokenizer.eos_token, record.tools)
+            ids = prompt_ids(spans, tokenizer, adds_bos=template.adds_bos)
             made.append(Prompt(record.prompt[-1].content, ids, record.turns[-1].content))
         else:
             ids = tokenizer.encode(record.turns[0].content)
-            made.append(Prompt(tokenizer.decode(ids[:24]), tokenizer.bos_ids + ids[:24], tokenizer.decode(ids[24:64])))
+            made.append(
+                Prompt(tokenizer.decode(ids[:24]), [*tokenizer.bos_ids, *ids[:24]], tokenizer.decode(ids[24:64]))
+            )
     return made
 
 
 def answer(
-    forward: Forward, ids: Sequence[int], comms: Comms, *, eos_id: int, max_new_tokens: int, context: int
+    forward: Forward, ids: Sequence[int], comms: Comms, *, end_ids: Sequence[int], max_new_tokens: int, context: int
 ) -> list[int]:
-    """The greedy continuation of `ids`, without the end token, of at most `max_new_tokens` and within `context` tokens.
+    """The greedy continuation of `ids`, up to one of `end_ids`, of at most `max_new_tokens` and within `context` tokens.
 
     All ranks decode together and take the main rank's word for each token, so that they also stop together.
     """
@@ -147,7 +150,7 @@ def answer(
         sequence = torch.tensor([tokens])
         logits = forward(sequence, torch.arange(len(tokens))[None])
         chosen = int(comms.broadcast(int(logits[0, -1].argmax())))
-        if chosen == eos_id:
+        if chosen in end_ids:
             break
         tokens.append(chosen)
     return tokens[len(ids) :]
@@ -159,7 +162,7 @@ class Sampling:
 
     prompts: list[Prompt]
     decode: Callable[[list[int]], str]
-    eos_id: int
+    end_ids: list[int]
     context: int
     max_new_tokens: int
 
@@ -204,7 +207,7 @@ class Evaluator:
                 forward,
                 prompt.ids,
                 self.comms,
-                eos_id=sampling.eos_id,
+                end_ids=sampling.end_ids,
                 max_new_tokens=sampling.max_new_tokens,
                 context=sampling.context,
             )

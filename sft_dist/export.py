@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from sft_dist.checkpoint import newest_complete, read_masters, read_state
 from sft_dist.config import RunConfig, read
-from sft_dist.data.tokenise import Tokenizer
+from sft_dist.data.records import Turn
+from sft_dist.data.tokenise import Tokenizer, prompt_ids
+from sft_dist.data.work import template_for
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.files import publish
 
@@ -66,12 +68,12 @@ def export(run_dir: Path, out: Path, dtype: torch.dtype | None = None) -> int:
     trained.model.config.pad_token_id = tokenizer.pad_token_id
     trained.model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=Tokenizer.load(str(trained.tokenizer)).end_ids,
         pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
     )
     trained.model.save_pretrained(staged)
-    about = {"run_dir": str(run_dir), "step": trained.step, "shards": trained.config.prepare.out}
+    about = {"run_dir": str(run_dir), "step": trained.step, "shards": trained.config.shards_dirs}
     (staged / ABOUT).write_text(json.dumps(about, indent=2))
     _compare(staged, trained, tokenizer)
     publish(staged, out)
@@ -85,11 +87,11 @@ def _compare(folder: Path, trained: Trained, tokenizer: Any) -> None:
     different = [name for name in mine if name not in theirs or not torch.equal(mine[name], theirs[name])]
     if different or mine.keys() != theirs.keys():
         raise CheckpointError(f"{folder}: weights read back differ ({different[:3]}); the export is not published")
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
-    )
-    ids = tokenizer("".join(text.split(tokenizer.eos_token)), add_special_tokens=False)["input_ids"]
-    if ids != Tokenizer.load(str(trained.tokenizer)).encode(tokenizer.decode(ids)):
+    asked = [{"role": "user", "content": "Hello"}]
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+    own = Tokenizer.load(str(trained.tokenizer))
+    spans = template_for("tokenizer", own).render_prompt((Turn("user", "Hello"),), own.eos_token)
+    if ids != prompt_ids(spans, own, adds_bos=False):
         raise CheckpointError(
             f"{folder}: its tokenizer gives other ids than training used; the export is not published"
         )

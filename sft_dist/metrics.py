@@ -27,6 +27,15 @@ TAGS = {
 }
 
 
+def tag(name: str) -> str | None:
+    """TensorBoard tag of a metric; of a mixture there is a loss and a number of epochs for each set. None: no such metric.
+
+    >>> tag("loss"), tag("loss/chat"), tag("epochs/chat")
+    ('train/loss', 'train/loss/chat', 'train/epochs/chat')
+    """
+    return f"train/{name}" if name.startswith(("loss/", "epochs/")) else TAGS.get(name)
+
+
 def peak_memory_bytes(cuda_peak: int | None = None) -> int:
     """Peak memory of this process: of the GPU where there is one, else resident memory."""
     if cuda_peak is not None:
@@ -102,8 +111,8 @@ class TensorBoard:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            if name in TAGS:
-                self._writer.add_scalar(TAGS[name], value, step)
+            if written := tag(name):
+                self._writer.add_scalar(written, value, step)
 
     def samples(self, step: int, answers: Iterable[Mapping[str, str]]) -> None:
         for number, answer in enumerate(answers):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sft_dist.checkpoint import Checkpoints, TrainState
 from sft_dist.comms import Comms
-from sft_dist.engine import Engine
+from sft_dist.engine import Applied, Engine
 from sft_dist.errors import SftDistError
 from sft_dist.evaluate import Evaluator
 from sft_dist.limits import Reason, StopRequest
@@ -45,9 +45,11 @@ def train(
     metrics: Metrics,
     stop: StopRequest,
     cadence: Cadence,
+    epochs_of_sets: Callable[[int], Mapping[str, float]] | None = None,
 ) -> tuple[Reason, TrainState]:
     """Feed `steps` to the engine from `state` on, until they end or any rank is asked to stop.
 
+    `epochs_of_sets`, of a mixture: rows consumed -> how often each set was gone through, by name, in the engine's order.
     Returns why it ended and the state that is saved by then. Raises DivergedError on a loss or gradient that is not finite.
     """
     start_step = saved_step = state.step
@@ -96,7 +98,8 @@ def train(
             values = {"loss": loss, "learning_rate": rate, "grad_norm": applied.grad_norm}
             speed = {"target_tokens_per_second": targets / seconds, "tokens_per_second": tokens / seconds}
             memory = {"memory_bytes": peak_memory_bytes(engine.peak_device_bytes)}
-            metrics.scalars(state.step, {**values, **speed, "step_seconds": seconds, **memory})
+            of_sets = _by_set(applied, comms, epochs_of_sets(state.rows_consumed)) if epochs_of_sets is not None else {}
+            metrics.scalars(state.step, {**values, **speed, "step_seconds": seconds, **memory, **of_sets})
 
         # keep
         if _is_due(state.step, cadence.evaluate_steps) and state.step < cadence.last_step:
@@ -111,6 +114,15 @@ def train(
     if state.step > saved_step:
         checkpoints.save(engine.fragments(), state)
     return reason, state
+
+
+def _by_set(applied: Applied, comms: Comms, epochs: Mapping[str, float]) -> dict[str, float]:
+    """Loss of each set that had targets in the step, and how often each set was gone through."""
+    values = {f"epochs/{name}": epoch for name, epoch in epochs.items()}
+    if applied.set_sums is not None:
+        sums, counts = comms.sum_tensor(applied.set_sums.cpu()).tolist()
+        values |= {f"loss/{name}": s / n for name, s, n in zip(epochs, sums, counts, strict=True) if n}
+    return values
 
 
 def _measure(step: int, engine: Engine, evaluator: Evaluator, metrics: Metrics) -> None:

@@ -1,53 +1,53 @@
-"""All the stages in their order: raw records in, a folder of shards out, and an account of everything in between.
+"""A preparation from its run file to a folder of shards: planned, cut into slices, done by any number of workers, merged.
 
 The folder appears whole: it is staged beside its place and renamed. It holds `train/`, `validation/`, `labels/` (every
 validation prompt followed by every label, for classification), `tokenizer/`, `validation.jsonl`, `rejects.jsonl`, and
-`prepare.json`, the funnel and the settings.
+`prepare.json`, the funnel and the settings. What is finished of a killed preparation is used by the next one.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import ctypes
+import errno
+import fcntl
+import itertools
 import json
+import multiprocessing
+import os
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sft_dist import __version__
 from sft_dist.config import PrepareConfig, SourceConfig, TrainedTokenizer
-from sft_dist.data import shards
-from sft_dist.data.curate import curate, is_validation, prompt_digest
-from sft_dist.data.pack import pack
-from sft_dist.data.read import files, read
-from sft_dist.data.records import Conversation, Document, Drop, Turn
-from sft_dist.data.template import Template, template_from
-from sft_dist.data.tokenise import Tokenizer, split, tokenise, train_sentencepiece
+from sft_dist.data.merge import Progress, merge, pieces_digest
+from sft_dist.data.read import detect, read
+from sft_dist.data.records import Conversation, Drop
+from sft_dist.data.scratch import from_json
+from sft_dist.data.sources import HUB, digest, files, slices
+from sft_dist.data.template import template_from
+from sft_dist.data.tokenise import Tokenizer, check_inference, train_sentencepiece
+from sft_dist.data.work import Job, Piece, template_for, training_texts, work, write_about
 from sft_dist.errors import ConfigError, DataError
-from sft_dist.files import publish
+from sft_dist.files import hold, publish
 
-# Reasons of records that could not be read, as opposed to those that were read and left out.
-_UNREADABLE = {
-    "invalid_utf8", "invalid_json", "invalid_csv", "missing_key", "wrong_type", "unknown_role", "no_answer",
-    "no_messages", "no_instances", "not_text", "empty_label", "invalid_unicode", "unknown_weight",
-}  # fmt: skip
-Progress = Callable[[str, int], None]
+SLICE_BYTES = 4 << 20
+MOST_SLICES = 4096
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Funnel:
-    """What became of every record: `read` is the sum of everything else."""
+class Task:
+    """One of several tasks of a job array: it does the slices `index`, `index + count`, …; `index` from 0."""
 
-    read: int = 0
-    train: int = 0
-    validation: int = 0
-    drops: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether every record is accounted for."""
-        return self.read == self.train + self.validation + sum(self.drops.values())
+    index: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +62,17 @@ class Report:
     def describe(self) -> str:
         """The funnel and the splits, for a person."""
         state = "already prepared, nothing changed" if self.was_already_prepared else "prepared"
-        drops = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.funnel["drops"].items())) or "none"
+        funnel = self.funnel
+        drops = _listed(funnel["drops"]) or "none"
         lines = [
             f"{self.out}: {state}",
-            f"  records: {self.funnel['read']:,} read → {self.funnel['train']:,} train, "
-            f"{self.funnel['validation']:,} validation; dropped: {drops}"
-            + (f" (see {self.out / 'rejects.jsonl'})" if self.funnel["drops"] else ""),
+            f"  records: {funnel['read']:,} read → {funnel['train']:,} train, {funnel['validation']:,} validation; "
+            f"dropped: {drops}" + (f" (see {self.out / 'rejects.jsonl'})" if funnel["drops"] else ""),
         ]
+        if funnel["mended"]:
+            lines.append(f"  mended: {_listed(funnel['mended'])} (texts)")
+        if funnel["long"]:
+            lines.append(f"  long: {', '.join(_LONG[name].format(count) for name, count in funnel['long'].items())}")
         for name, about in self.splits.items():
             lines.append(
                 f"  {name}: {about['rows']:,} rows of {about['seq_len']:,} hold {about['documents']:,} samples, "
@@ -77,18 +81,60 @@ class Report:
         return "\n".join(lines)
 
 
+_LONG = {
+    "parts_of_split_documents": "into {:,} parts",
+    "shortened_contexts": "{:,} questions without their beginning",
+    "split_documents": "{:,} documents are split",
+    "truncated_documents": "{:,} documents have lost their last turns",
+    "truncated_target_tokens": "{:,} target tokens with them",
+    "unrolled": "{:,} conversations are a document an answer",
+}
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items()))
+
+
 def prepare(
     config: PrepareConfig,
     *,
     default_tokenizer: str | None = None,
-    progress: Progress = lambda stage, done: None,
+    progress: Progress = lambda stage, done, total, tokens: None,
+    say: Say = lambda text: None,
     fresh: bool = False,
-) -> Report:
+    workers: int = 1,
+    task: Task | None = None,
+    only_merge: bool = False,
+) -> Report | None:
     """Make `config.out`, or find that it is there already, made from the same sources with the same settings.
 
-    Raises DataError or ConfigError, naming what to do; an `out` made otherwise is refused, or set aside with `fresh`.
+    `task`: do that part of the slices and return None; `only_merge`: all slices must be done. The bytes made do not depend
+    on `workers` or tasks. Raises DataError or ConfigError, naming what to do; an `out` made otherwise is refused, or set
+    aside with `fresh`; so is a second preparation into one folder.
     """
-    template = template_from(config.template)
+    check(config, default_tokenizer)
+    out = Path(config.out)
+    staged = out.with_name(f".{out.name}.partial")
+    with _told_when_full(out), _held(out.with_name(f".{out.name}.lock"), config, is_shared=task is not None):
+        if out.exists() and not fresh:
+            shutil.rmtree(staged, ignore_errors=True)  # what a kill between the last two steps left
+            return _already(out, config, default_tokenizer)
+        with _planning(staged):
+            job, about = _planned(staged, config, default_tokenizer, say, may_discard=task is None and not only_merge)
+        if task is not None:
+            with _held(staged / f"task-{task.index}-of-{task.count}.lock", config):
+                _do(range(task.index, len(job.pieces), task.count), job, workers, progress, say)
+            return None
+        if only_merge:
+            _check_done(job, config)
+        with _pool(job, workers) as executor:
+            _do(range(len(job.pieces)), job, workers, progress, say, executor)
+            return _merge(job, about, staged, out, executor, progress)
+
+
+def check(config: PrepareConfig, default_tokenizer: str | None) -> None:
+    """What is wrong with the settings by themselves; nothing is read."""
+    template_from(config.template)
     if config.tokenizer is None and default_tokenizer is None:
         raise ConfigError(
             "prepare.tokenizer: missing, and the model has none of its own; name one, or train one with "
@@ -99,228 +145,281 @@ def prepare(
             f"prepare.tokenizer: a new tokenizer does not fit the pre-trained {default_tokenizer}; remove prepare.tokenizer "
             "(prepare.tokenizer=null) to use the model's own"
         )
+
+
+@contextlib.contextmanager
+def _told_when_full(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(
+            f"{out}: {error.strerror}; make room; what is done is kept, and the next run goes on from there"
+        ) from None
+
+
+@contextlib.contextmanager
+def _held(path: Path, config: PrepareConfig, *, is_shared: bool = False) -> Iterator[None]:
+    """Hold a lock, or say who does; the last one out takes the file along."""
+    try:
+        file = hold(path, is_shared=is_shared)
+    except BlockingIOError as error:
+        raise DataError(
+            f"prepare.out: {config.out} is being prepared by {error}; wait for it, stop it, or choose another prepare.out"
+        ) from None
+    with file:
+        yield
+        if not is_shared:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _planning(staged: Path) -> Iterator[None]:
+    """Tasks that start together make one plan: the others wait for it."""
+    staged.mkdir(parents=True, exist_ok=True)
+    with (staged / "plan.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _planned(
+    staged: Path, config: PrepareConfig, default_tokenizer: str | None, say: Say, *, may_discard: bool
+) -> tuple[Job, dict[str, Any]]:
+    """The slices of the sources and the tokenizer: as an interrupted preparation left them, or anew."""
+    sources = [(_with_schema(source, say), True) for source in config.validation_sources]
+    sources += [(_with_schema(source, say), False) for source in config.sources]
+    if config.packing == "concat" and any(source.schema_ not in ("text", "tokens") for source, _ in sources):
+        raise ConfigError(
+            "prepare.packing: concat cuts documents anywhere, which is for plain text only; use best_fit for conversations"
+        )
     given = None
     if not isinstance(config.tokenizer, TrainedTokenizer):
         given = Tokenizer.load(config.tokenizer or default_tokenizer)
-    settings = {
-        "prepare": config.model_dump(by_alias=True, exclude={"out"}),
-        "tokenizer": given.fingerprint if given else None,
+        template_for(config.template, given)  # a template that does not fit is told before anything is written
+    about = {
+        "version": __version__,
+        "settings": _settings(config, given),
+        "sources": {path: state for source, _ in sources for path, state in _states(source).items()},
+        "schemas": [source.schema_ for source, _ in sources],
     }
-    sources = _digests([*config.sources, *config.validation_sources])
-    out = Path(config.out)
-    if out.exists() and not fresh:
-        return _already(out, settings, sources)
-    staged = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)  # what an interrupted preparation left
-    staged.mkdir(parents=True)
-    funnel, splits = _fill(staged, config, template, given, progress)
-    about = {"funnel": asdict(funnel), "splits": splits, "settings": settings, "sources": sources}
-    (staged / "prepare.json").write_text(json.dumps(about, indent=1, ensure_ascii=False))
-    publish(staged, out)
-    return Report(out, about["funnel"], splits, was_already_prepared=False)
+    size = sum(state["bytes"] for state in about["sources"].values())
+    if not size and not any(path.startswith(HUB) for path in about["sources"]):
+        raise DataError(f"prepare.sources: {', '.join(about['sources'])}: empty; name files with records in them")
+    slice_bytes = max(SLICE_BYTES, -(-size // MOST_SLICES))
+    pieces = tuple(
+        Piece(piece, source, is_validation)
+        for source, is_validation in sources
+        for piece in slices(source, slice_bytes)
+    )
+    about["slices"] = pieces_digest(pieces)
+    _reuse(staged, about, config, say, may_discard=may_discard)
+    tokenizer = given or _trained(staged / "tokenizer", config, pieces, say)
+    template = template_for(config.template, tokenizer)
+    about["sources"] = {path: state["blake2b"] for path, state in about["sources"].items()}
+    samples = _samples(pieces)
+    tokenizer, engine = tokenizer.accelerated(turn.content for record in samples for turn in record.turns)
+    for record in samples:
+        rendered = template.render(record, tokenizer.eos_token)
+        for spans in rendered if isinstance(rendered, list) else ():
+            check_inference(spans, tokenizer)
+    end = template.end_token(tokenizer.eos_token)
+    tokenizer = replace(tokenizer, eot_token=end if end != tokenizer.eos_token else None)
+    say(f"tokenizer: {engine}")
+    return Job(staged / "slices", config, tokenizer, template, pieces, _keeps_texts(config)), about
 
 
-def _fill(
-    staged: Path, config: PrepareConfig, template: Template, given: Tokenizer | None, progress: Progress
-) -> tuple[Funnel, dict[str, dict[str, Any]]]:
-    """Run the stages; everything but `prepare.json` is in `staged` afterwards."""
-    train, validation, drops, funnel = _records(config, progress)
-    _check_share(config, funnel, drops, staged)
-    if not train:
+def _with_schema(source: SourceConfig, say: Say) -> SourceConfig:
+    if source.schema_:
+        return source
+    schema, sentence = detect(source)
+    say(sentence)
+    return source.model_copy(update={"schema_": schema})
+
+
+def _settings(config: PrepareConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    values = config.model_dump(by_alias=True, exclude={"out"})
+    return json.loads(json.dumps({"prepare": values, "tokenizer": tokenizer.fingerprint if tokenizer else None}))
+
+
+def _states(source: SourceConfig) -> dict[str, dict[str, Any]]:
+    """What the files of a source are now, so that a change while they are read can be seen."""
+    if source.path.startswith(HUB):
+        name = "/".join([source.path, *([source.subset] if source.subset else []), source.split])
+        return {name: {"bytes": 0, "modified_ns": 0, "blake2b": digest(source.path, source)}}
+    found = {path: path.stat() for path in files(source)}
+    return {
+        str(path): {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, "blake2b": digest(path)}
+        for path, stat in found.items()
+    }
+
+
+def _keeps_texts(config: PrepareConfig) -> bool:
+    """Whether the merge compares the words of training records."""
+    curate = config.curate
+    has_validation = bool(config.validation_fraction or config.validation_sources)
+    near_validation = curate.near_validation is not None and has_validation
+    overlap = curate.decontaminate or (curate.decontaminate_validation and has_validation)
+    return bool(near_validation or curate.near_duplicates or overlap or curate.select)
+
+
+def _reuse(staged: Path, about: dict[str, Any], config: PrepareConfig, say: Say, *, may_discard: bool) -> None:
+    """Keep what an interrupted preparation of the same data and settings finished; otherwise begin anew, and say so."""
+    path = staged / "plan.json"
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        before = None
+    if before == about:
+        done = len(list((staged / "slices").glob("[0-9]*")))
+        say(f"going on with an interrupted preparation: {done:,} slices are done")
+        return
+    if before is not None and not may_discard:
         raise DataError(
-            f"prepare.sources: no record is left to train on ({_counts(funnel)}); see {staged}/rejects.jsonl"
+            f"prepare.out: {staged} was begun with other settings or sources; finish that one, or run `sft-dist prepare` without "
+            "--task and --merge, which begins anew"
         )
-    tokenizer = given or _trained(config.tokenizer, template, train)
-    shared = {
-        "seq_len": config.seq_len,
-        "rows_per_shard": config.rows_per_shard,
-        "vocab_size": tokenizer.vocab_size,
-        "eos_id": tokenizer.eos_id,
-        "pad_id": tokenizer.pad_id,
-        "tokenizer": tokenizer.fingerprint,
-        "template": hashlib.blake2b(repr(template).encode(), digest_size=16).hexdigest(),
-    }
-    splits, kept = {}, {}
-    for name, records in (("train", train), ("validation", validation)):
-        documents, kept[name] = _documents(records, template, tokenizer, config, drops, progress, name)
-        if documents:
-            splits[name] = _write(staged / name, documents, shared)
-    funnel = replace(funnel, train=len(kept["train"]), validation=len(kept["validation"]), drops=_by_reason(drops))
-    assert funnel.is_exact, funnel
-    _write_lines(staged / "rejects.jsonl", (asdict(drop) for drop in drops))
-    if "train" not in splits:
-        raise DataError(f"prepare: no document is left to train on ({_counts(funnel)}); see {staged}/rejects.jsonl")
-    _write_labels(staged / "labels", kept, template, tokenizer, shared)
-    _write_lines(staged / "validation.jsonl", (asdict(record) for record in kept["validation"]))
-    chat_template = template.chat_template(has_bos=bool(tokenizer.bos_ids))
-    tokenizer.save(staged / "tokenizer", chat_template=chat_template, model_max_length=config.seq_len)
-    return funnel, splits
+    if before is not None:
+        changed = [key for key in about if before.get(key) != about[key]]
+        say(f"an interrupted preparation of other {' and '.join(changed)} is begun anew")
+    for name in ("slices", "tokenizer", "out", "scratch"):
+        shutil.rmtree(staged / name, ignore_errors=True)
+    write_about(path, about)
 
 
-def _by_reason(drops: Iterable[Drop]) -> dict[str, int]:
-    return dict(Counter(drop.reason for drop in drops).most_common())
+def _samples(pieces: tuple[Piece, ...], count: int = 24, most: int = 1000) -> list[Conversation]:
+    """The first records, to check tokenizer and template on. Raises DataError when not one of the first `most` can be read."""
+    items = (item for piece in pieces for item in read(piece.slice, piece.source, None))
+    found, drops = [], []
+    for item in itertools.islice(items, most):
+        if isinstance(item, Conversation):
+            found.append(item)
+        elif isinstance(item, Drop):
+            drops.append(item)
+        if len(found) == count:
+            break
+    if len(drops) == most:
+        told = "; ".join(f"{drop.where}: {drop.reason}: {drop.detail}" for drop in drops[:3])
+        raise DataError(
+            f"prepare.sources: none of the first {most:,} records can be read ({told}); mend them, or name another schema"
+        )
+    return found
+
+
+def _trained(folder: Path, config: PrepareConfig, pieces: tuple[Piece, ...], say: Say) -> Tokenizer:
+    """A tokenizer trained on the training split, and on the template's words now and then: they are read as often."""
+    if not folder.is_dir():
+        texts = [turn.content for record in training_texts(config, pieces) for turn in record.turns]
+        if not texts:
+            raise DataError("prepare.sources: no record is left to train a tokenizer on; look at the sources")
+        words = template_from(config.template).words()
+        tokenizer = train_sentencepiece(texts + [words] * (len(texts) // 40 + 1), config.tokenizer.sentencepiece)
+        staged = folder.with_suffix(".partial")
+        shutil.rmtree(staged, ignore_errors=True)
+        tokenizer.save(staged, chat_template=None, model_max_length=config.seq_len)
+        publish(staged, folder)
+        say(f"tokenizer: trained, {tokenizer.vocab_size:,} pieces")
+    return Tokenizer.load(str(folder))
+
+
+_JOB: Job | None = None  # what a forked worker was born with: nothing of it is pickled
+
+
+def _adopt(job: Job) -> None:
+    global _JOB
+    _JOB = job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    ctypes.CDLL(None).prctl(
+        1, signal.SIGKILL
+    )  # PR_SET_PDEATHSIG: a worker must not outlive a killed parent, nor its lock
+
+
+def _work(number: int) -> int:
+    return work(_JOB, number)
+
+
+@contextlib.contextmanager
+def _pool(job: Job, workers: int) -> Iterator[Executor | None]:
+    """Worker processes, None for one: then this process does the work."""
+    if workers == 1:
+        yield None
+        return
+    context = multiprocessing.get_context("fork")
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_adopt, initargs=(job,))
+    try:
+        yield executor
+    except BaseException:
+        for process in (executor._processes or {}).values():
+            process.kill()
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _do(numbers: Any, job: Job, workers: int, progress: Progress, say: Say, executor: Executor | None = None) -> None:
+    """Do those of the slices that are not done."""
+    missing = [number for number in numbers if not job.is_done(number)]
+    total, done = len(missing), 0
+    if executor is None and workers > 1:
+        with _pool(job, workers) as executor:
+            return _do(numbers, job, workers, progress, say, executor)
+    if executor is None:
+        for number in missing:
+            tokens = work(job, number)
+            done += 1
+            progress("slices", done, total, tokens)
+        return None
+    try:
+        for future in as_completed([executor.submit(_work, number) for number in missing]):
+            tokens = future.result()
+            done += 1
+            progress("slices", done, total, tokens)
+    except BrokenProcessPool:
+        raise DataError(
+            "prepare: a worker process was killed (out of memory?); run it again, it goes on where it was; --workers takes fewer"
+        ) from None
+    return None
+
+
+def _check_done(job: Job, config: PrepareConfig) -> None:
+    missing = [number for number in range(len(job.pieces)) if not job.is_done(number)]
+    if missing:
+        raise DataError(
+            f"prepare.out: {config.out}: {len(missing):,} of {len(job.pieces):,} slices are not done (the first is number "
+            f"{missing[0]}); run the missing tasks again, or `sft-dist prepare` without --merge, which does them"
+        )
+
+
+def _merge(
+    job: Job, about: dict[str, Any], staged: Path, out: Path, executor: Executor | None, progress: Progress
+) -> Report:
+    made, scratch = staged / "out", staged / "scratch"
+    for folder in (made, scratch):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    result = merge(job, made, scratch, executor, progress)
+    plan = json.loads((staged / "plan.json").read_text())
+    for path, before in plan["sources"].items():
+        if path.startswith(HUB):
+            continue
+        found = Path(path).stat()
+        if (found.st_size, found.st_mtime_ns) != (before["bytes"], before["modified_ns"]):
+            raise DataError(f"{path}: changed while it was read; run it again when nothing writes to it")
+    chat_template = job.template.chat_template(has_bos=bool(job.tokenizer.bos_ids))
+    job.tokenizer.save(made / "tokenizer", chat_template=chat_template, model_max_length=job.config.seq_len)
+    (made / "prepare.json").write_text(json.dumps(result | about, indent=1, ensure_ascii=False))
+    publish(made, out)
+    shutil.rmtree(staged)
+    return Report(out, result["funnel"], result["splits"], was_already_prepared=False)
 
 
 def read_conversations(path: Path) -> Iterator[Conversation]:
     """The curated conversations of a `validation.jsonl`."""
-    for line in path.read_text().split("\n")[:-1]:  # not splitlines(): text may hold U+2028
-        values = json.loads(line)
-        yield Conversation(tuple(Turn(**turn) for turn in values["turns"]), values["where"], values["label"])
+    with path.open("rb") as file:
+        yield from map(from_json, file)
 
 
-def _records(
-    config: PrepareConfig, progress: Progress
-) -> tuple[list[Conversation], list[Conversation], list[Drop], Funnel]:
-    """(train, validation, drops, funnel) of what is read and curated.
-
-    Named validation files are read first, so that a repeat is dropped from training and not from them.
-    """
-    train: list[Conversation] = []
-    validation: list[Conversation] = []
-    drops: list[Drop] = []
-    num_read = 0
-
-    def items() -> Iterator[Conversation | Drop]:
-        nonlocal num_read
-        for source in [*config.validation_sources, *config.sources]:
-            for item in read(source):
-                num_read += 1
-                if num_read % 1000 == 0:
-                    progress("read", num_read)
-                yield item
-
-    held_out: set[bytes] = set()
-    named = {str(path) for source in config.validation_sources for path in files(source)}
-    for item in curate(items(), deduplicate=config.deduplicate):
-        if isinstance(item, Drop):
-            drops.append(item)
-        elif item.where.rpartition(":")[0] in named:
-            validation.append(item)
-            held_out.add(prompt_digest(item))
-        elif prompt_digest(item) in held_out:
-            drops.append(Drop("in_validation", item.where, "its prompt is in a validation file"))
-        elif is_validation(item, config.validation_fraction, config.seed):
-            validation.append(item)
-        else:
-            train.append(item)
-    return train, validation, drops, Funnel(num_read, len(train), len(validation), _by_reason(drops))
-
-
-def _check_share(config: PrepareConfig, funnel: Funnel, drops: list[Drop], staged: Path) -> None:
-    _write_lines(staged / "rejects.jsonl", (asdict(drop) for drop in drops))
-    unreadable = [drop for drop in drops if drop.reason in _UNREADABLE]
-    if funnel.read and len(unreadable) > config.max_reject_fraction * funnel.read:
-        examples = "; ".join(f"{drop.where}: {drop.reason}: {drop.detail}" for drop in unreadable[:3])
-        raise DataError(
-            f"prepare.sources: {len(unreadable):,} of {funnel.read:,} records cannot be read, more than "
-            f"max_reject_fraction {config.max_reject_fraction:g} allows. First: {examples}. All are in "
-            f"{staged}/rejects.jsonl; mend them, name another schema, or raise the limit"
-        )
-
-
-def _counts(funnel: Funnel) -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in funnel.drops.items()) or "none dropped"
-
-
-def _trained(config: TrainedTokenizer, template: Template, train: Sequence[Conversation]) -> Tokenizer:
-    """A tokenizer trained on the training split, and on the template's words now and then: they are read as often."""
-    texts = [turn.content for record in train for turn in record.turns]
-    texts += [template.before_user + template.header] * (len(train) // 20 + 1)
-    return train_sentencepiece(texts, config.sentencepiece)
-
-
-def _documents(
-    records: Iterable[Conversation],
-    template: Template,
-    tokenizer: Tokenizer,
-    config: PrepareConfig,
-    drops: list[Drop],
-    progress: Progress,
-    name: str,
-) -> tuple[list[Document], list[Conversation]]:
-    """Rendered and tokenised records of a split, and those that became documents; the others go to `drops`."""
-    documents, kept = [], []
-    for number, record in enumerate(records, 1):
-        made = _document(record, template, tokenizer)
-        if number % 1000 == 0:
-            progress(f"tokenise {name}", number)
-        is_long = isinstance(made, Document) and len(made.ids) > config.seq_len
-        if is_long and record.turns[0].role != "text":
-            detail = f"{len(made.ids)} tokens, a row has {config.seq_len}"
-            if config.long_documents == "error":
-                raise DataError(f"{record.where}: {detail}; raise prepare.seq_len, or set long_documents: drop")
-            made = Drop("too_long", record.where, detail)
-        if isinstance(made, Drop):
-            drops.append(made)
-            continue
-        documents += split(made, config.seq_len) if is_long else [made]
-        kept.append(record)
-    return documents, kept
-
-
-def _document(record: Conversation, template: Template, tokenizer: Tokenizer) -> Document | Drop:
-    spans = template.render(record, tokenizer.eos_token)
-    return spans if isinstance(spans, Drop) else tokenise(spans, tokenizer, record.where)
-
-
-def _write(folder: Path, documents: list[Document], shared: dict[str, Any]) -> dict[str, Any]:
-    rows = pack([len(document.ids) for document in documents], shared["seq_len"])
-    manifest = shards.write(folder, ([documents[index] for index in row] for row in rows), **shared)
-    names = ("rows", "seq_len", "documents", "tokens", "targets", "fill")
-    return {name: getattr(manifest, name) for name in names}
-
-
-def _write_labels(
-    folder: Path, kept: dict[str, list[Conversation]], template: Template, tokenizer: Tokenizer, shared: dict[str, Any]
-) -> None:
-    """Every validation prompt with every label as its answer: what accuracy is measured on."""
-    counts = Counter(record.label for record in kept["train"])
-    records = [record for record in kept["validation"] if record.label is not None]
-    labels = sorted(label for label in counts if label is not None)
-    unseen = {record.label for record in records} - set(labels)
-    if unseen:
-        raise DataError(
-            f"prepare.sources: label {min(unseen)!r} is in the validation records only; correct it, or add training records of it"
-        )
-    if not records or len(labels) < 2:
-        return
-    documents, candidates = [], []
-    for number, record in enumerate(records):
-        for place, label in enumerate(labels):
-            answered = replace(record, turns=(*record.prompt, Turn("assistant", label, is_target=True)))
-            made = _document(answered, template, tokenizer)
-            if isinstance(made, Drop) or len(made.ids) > shared["seq_len"]:
-                raise DataError(f"{record.where}: does not fit a row with the answer {label!r}; raise prepare.seq_len")
-            documents.append(made)
-            candidates.append((number, place))
-    rows = pack([len(document.ids) for document in documents], shared["seq_len"])
-    shards.write(folder, ([documents[index] for index in row] for row in rows), **shared)
-    about = {
-        "labels": labels,
-        "positive": min(labels, key=lambda label: (counts[label], label)),
-        "truth": [labels.index(record.label) for record in records],
-        "candidates": [candidates[index] for row in rows for index in row],
-    }
-    (folder / "labels.json").write_text(json.dumps(about))
-
-
-def _write_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
-    with path.open("w") as file:
-        for value in values:
-            file.write(json.dumps(value, ensure_ascii=False) + "\n")
-
-
-def _digests(sources: Sequence[SourceConfig]) -> dict[str, str]:
-    """A digest of every source file, by path."""
-    digests = {}
-    for source in sources:
-        for path in files(source):
-            with path.open("rb") as file:
-                digests[str(path)] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    return digests
-
-
-def _already(out: Path, settings: dict[str, Any], sources: dict[str, str]) -> Report:
+def _already(out: Path, config: PrepareConfig, default_tokenizer: str | None) -> Report:
     try:
         about = json.loads((out / "prepare.json").read_text())
         before, tokenizer = about["settings"]["prepare"], about["settings"]["tokenizer"]
@@ -328,11 +427,16 @@ def _already(out: Path, settings: dict[str, Any], sources: dict[str, str]) -> Re
         raise DataError(
             f"{out}: exists and is not a finished preparation; move it away, or choose another prepare.out"
         ) from None
-    settings = json.loads(json.dumps(settings))
+    given = None
+    if not isinstance(config.tokenizer, TrainedTokenizer):
+        given = Tokenizer.load(config.tokenizer or default_tokenizer)
+    settings = _settings(config, given)
     now = settings["prepare"]
-    changed = [f"prepare.{key}: {before.get(key)!r} → {now[key]!r}" for key in now if before.get(key) != now[key]]
+    changed = _changed("prepare", before, now)
     if tokenizer != settings["tokenizer"] and before["tokenizer"] == now["tokenizer"]:
         changed.append("what the tokenizer makes of text")
+    named = [*config.sources, *config.validation_sources]
+    sources = {path: state["blake2b"] for source in named for path, state in _states(source).items()}
     files_of = about["sources"].keys() | sources.keys()
     changed += [f"the bytes of {path}" for path in sorted(files_of) if about["sources"].get(path) != sources.get(path)]
     if changed:
@@ -341,3 +445,15 @@ def _already(out: Path, settings: dict[str, Any], sources: dict[str, str]) -> Re
             "(the old folder is kept)"
         )
     return Report(out, about["funnel"], about["splits"], was_already_prepared=True)
+
+
+def _changed(name: str, before: Any, now: Any) -> list[str]:
+    """The settings that differ, section by section."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [line for key in now for line in _changed(f"{name}.{key}", before.get(key), now[key])]
+    return [] if before == now else [f"{name}: {before!r} → {now!r}"]
+
+
+def available_workers() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0))

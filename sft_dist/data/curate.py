@@ -1,40 +1,181 @@
-"""Which conversations are worth training on, and on which side of the split they fall; each drop with its reason."""
+"""What one conversation looks like when it has been mended, why it may be dropped by itself, and what stands for it.
+
+What needs more than one record to decide (repeats, overlap with evaluation data, selection) is in `repeats` and `select`.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import html
+import re
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from sft_dist.data.records import Conversation, Drop
+from sft_dist.config import CurateConfig
+from sft_dist.data.records import Conversation, Drop, Turn
+from sft_dist.errors import ConfigError
+
+# What no text means: C0 without tab and line end, DEL; C1, and the byte order mark inside a text.
+_C0 = bytes(code for code in range(32) if code not in (9, 10)) + b"\x7f"
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
+_EMPTY = {"assistant": "empty_response", "text": "empty_text"}
 
 
-def curate(items: Iterable[Conversation | Drop], *, deduplicate: bool) -> Iterator[Conversation | Drop]:
-    """Strip outer white space, drop what is empty, and exact repeats (of what came before in `items`).
+_MISREAD_AS = (
+    "latin-1", "cp1252", "cp1251", "cp1250", "cp1253", "cp1254", "cp1257", "iso8859-2", "mac-roman", "cp437",
+)  # fmt: skip
 
-    >>> from sft_dist.data.records import Turn
-    >>> twice = [Conversation((Turn("user", "hi "), Turn("assistant", "yo", True)), w) for w in ("a:1", "a:2")]
-    >>> [type(item).__name__ for item in curate(twice, deduplicate=True)]
-    ['Conversation', 'Drop']
+
+def _mojibake_pairs() -> re.Pattern:
+    """A necessary sign of mojibake: what a UTF-8 lead byte and a continuation byte look like in another encoding."""
+    leads, rests = set(), set()
+    for codec in _MISREAD_AS:
+        leads |= set(bytes(range(0xC2, 0xF5)).decode(codec, "ignore"))
+        rests |= set(bytes(range(0x80, 0xC0)).decode(codec, "ignore"))
+    one, two = ("".join(map(re.escape, sorted(chars))) for chars in (leads, rests))
+    return re.compile(f"[{one}][{two}]")
+
+
+_MOJIBAKE = _mojibake_pairs()
+_C1 = re.compile("[\x80-\x9f]")  # what cp1252's quotes and dashes look like when read as latin-1
+
+
+class Curator:
+    """Mends and judges conversations one at a time; `mended` counts what was changed, by the name of the rule.
+
+    `end_of_text` is the end token's text, for `strip_end_of_text`.
+
+    >>> curator = Curator(CurateConfig(html_entities=True))
+    >>> turns = (Turn("user", " a &amp; b\\r\\n"), Turn("assistant", "yes", True))
+    >>> curator(Conversation(turns, "a:1")).turns[0].content, dict(curator.mended)
+    ('a & b', {'html_entities': 1, 'control_characters': 1})
     """
-    seen: dict[bytes, str] = {}
-    for item in items:
-        if isinstance(item, Drop):
-            yield item
-            continue
-        turns = (replace(turn, content=turn.content.strip()) for turn in item.turns)
-        made = replace(item, turns=tuple(turn for turn in turns if turn.content or turn.role != "system"))
-        empty = next((turn for turn in made.turns if not turn.content), None)
-        if empty is not None:
-            reason = {"assistant": "empty_response", "text": "empty_text"}.get(empty.role, "empty_prompt")
-            yield Drop(reason, made.where, f"the {empty.role} turn is empty")
-            continue
-        key = _digest(made.turns)
-        if deduplicate and key in seen:
-            yield Drop("duplicate", made.where, f"the same as {seen[key]}")
-            continue
-        seen.setdefault(key, made.where)
-        yield made
+
+    def __init__(self, config: CurateConfig, end_of_text: str = "") -> None:
+        self.config, self.end_of_text = config, end_of_text
+        self.mended: Counter[str] = Counter()
+        self.language = _language(config.languages)
+        response = ("response", config.min_response_characters, config.max_response_characters or sys.maxsize)
+        prompt = ("prompt", config.min_prompt_characters, config.max_prompt_characters or sys.maxsize)
+        self._bounds = {"assistant": response, "text": response, "user": prompt}
+        self._has_quality = bool(config.max_repetition or config.max_symbols)
+
+    def __call__(self, conversation: Conversation) -> Conversation | Drop:
+        """The mended conversation, or why it is dropped."""
+        turns, is_same = [], True
+        for turn in conversation.turns:
+            text = self._mend(turn.content)
+            if self.config.strip_end_of_text and turn.role == "assistant":
+                text = self._without_end(text)
+            if not text and not (turn.extra and "tool_calls" in turn.extra):
+                is_same = False
+                if turn.role == "system":
+                    continue  # an empty system message says nothing
+                return Drop(_EMPTY.get(turn.role, "empty_prompt"), conversation.where, f"the {turn.role} turn is empty")
+            if text is not turn.content:
+                turn, is_same = Turn(turn.role, text, turn.is_target, turn.extra), False
+            turns.append(turn)
+        made = conversation if is_same else replace(conversation, turns=tuple(turns))
+        fault = self._fault(made)
+        return Drop(*fault[:1], made.where, fault[1]) if fault else made
+
+    def _mend(self, text: str) -> str:
+        config = self.config
+        if config.html_entities and "&" in text:
+            text = self._counted("html_entities", text, html.unescape(text))
+        if text.isascii():
+            if config.control_characters and len(text.encode().translate(None, _C0)) != len(text):
+                text = self._counted("control_characters", text, _CONTROLS.sub("", text))
+            return text.strip()
+        if config.mojibake and (_MOJIBAKE.search(text) or (config.control_characters and _C1.search(text))):
+            import ftfy
+
+            text = self._counted("mojibake", text, ftfy.fix_encoding(text))
+        if config.control_characters:
+            text = self._counted("control_characters", text, _CONTROLS.sub("", text))
+        if config.normalise and not unicodedata.is_normalized(config.normalise, text):
+            text = self._counted("unicode", text, unicodedata.normalize(config.normalise, text))
+        return text.strip()
+
+    def _counted(self, rule: str, before: str, after: str) -> str:
+        if after == before:
+            return before
+        self.mended[rule] += 1
+        return after
+
+    def _without_end(self, text: str) -> str:
+        if not self.end_of_text or not text.endswith(self.end_of_text):
+            return text
+        return self._counted("end_of_text", text, text.removesuffix(self.end_of_text).rstrip())
+
+    def _fault(self, made: Conversation) -> tuple[str, str] | None:
+        """(reason, detail) of a conversation that breaks a rule."""
+        for turn in made.turns:
+            if turn.role not in self._bounds:
+                continue
+            kind, low, high = self._bounds[turn.role]
+            count = len(turn.content)
+            if count < low and turn.content:
+                return f"short_{kind}", f"{count} characters, at least {low} are asked for"
+            if count > high:
+                return f"long_{kind}", f"{count} characters, at most {high} are asked for"
+            if self._has_quality and kind == "response" and (fault := self._quality(turn.content)):
+                return fault
+        if self.language and (spoken := self.language(made)) not in self.config.languages:
+            return "language", f"is {spoken}, asked for {', '.join(self.config.languages)}"
+        return None
+
+    def _quality(self, text: str) -> tuple[str, str] | None:
+        config = self.config
+        if config.max_repetition and (share := repetition(text)) > config.max_repetition:
+            return "repetition", f"{share:.0%} of its words repeat, at most {config.max_repetition:.0%} may"
+        if config.max_symbols and (share := symbols(text)) > config.max_symbols:
+            return "symbols", f"{share:.0%} of its characters are symbols, at most {config.max_symbols:.0%} may be"
+        return None
+
+
+def repetition(text: str, length: int = 5) -> float:
+    """Share of the words that stand in a sequence of `length` words seen before in the text (Rae et al. 2021, "Gopher").
+
+    >>> repetition("a b c d e " * 4), repetition("all of these words differ here")
+    (0.75, 0.0)
+    """
+    words = text.split()
+    seen, repeated = set(), [False] * len(words)
+    for at in range(len(words) - length + 1):
+        gram = tuple(words[at : at + length])
+        if gram in seen:
+            repeated[at : at + length] = [True] * length
+        seen.add(gram)
+    return sum(repeated) / len(words) if words else 0.0
+
+
+def symbols(text: str) -> float:
+    """Share of the characters that are neither letter, digit nor white space.
+
+    >>> symbols("ab #!")
+    0.4
+    """
+    return sum(not (c.isalnum() or c.isspace()) for c in text) / len(text) if text else 0.0
+
+
+def _language(wanted: list[str] | None) -> Callable[[Conversation], str] | None:
+    if not wanted:
+        return None
+    try:
+        from py3langid import langid
+    except ImportError:
+        raise ConfigError(
+            f"prepare.curate.languages: {wanted} needs py3langid; install it with pip install 'sft-dist[language]'"
+        ) from None
+    langid.classify("")  # loads the model
+    unknown = sorted(set(wanted) - set(langid.IDENTIFIER.labels))
+    if unknown:
+        raise ConfigError(f"prepare.curate.languages: {unknown[0]!r} is not known; use ISO 639-1 codes such as en, de")
+    return lambda made: langid.classify(" ".join(turn.content for turn in made.turns))[0]
 
 
 def is_validation(conversation: Conversation, fraction: float, seed: int) -> bool:
@@ -42,19 +183,52 @@ def is_validation(conversation: Conversation, fraction: float, seed: int) -> boo
 
     So records with one prompt stay on one side, and data added later moves nothing.
 
-    >>> from sft_dist.data.records import Turn
     >>> is_validation(Conversation((Turn("text", "Once upon a time", True),), "a:1"), fraction=0.0, seed=0)
     False
     """
+    if fraction == 0.0:
+        return False
     return int.from_bytes(prompt_digest(conversation, str(seed))[:8], "big") < fraction * 2**64
 
 
 def prompt_digest(conversation: Conversation, salt: str = "") -> bytes:
     """16 bytes that stand for the prompt (of plain text: the text)."""
-    return _digest(conversation.prompt or conversation.turns, salt)
+    return _digest(salt, _said(conversation.prompt or conversation.turns))
 
 
-def _digest(turns: Iterable, salt: str = "") -> bytes:
-    """A digest of who says what, blind to how much white space stands between words."""
-    text = "\x1e".join(f"{turn.role}\x1f{' '.join(turn.content.split())}" for turn in turns)
-    return hashlib.blake2b(f"{salt}\x1d{text}".encode(), digest_size=16).digest()
+def digests(conversation: Conversation) -> tuple[bytes, bytes]:
+    """(16 bytes that stand for everything said, those of the prompt), blind to how much white space is between words."""
+    said = _said(conversation.turns)
+    return _digest("", said), _digest("", said[:-1] or said)
+
+
+def _digest(salt: str, said: list[str]) -> bytes:
+    return hashlib.blake2b("\x1d".join((salt, "\x1e".join(said))).encode(), digest_size=16).digest()
+
+
+def _said(turns: Iterable[Turn]) -> list[str]:
+    """Who says what."""
+    return [f"{turn.role}\x1f{_one_spaced(turn.content)}{_besides(turn) if turn.extra else ''}" for turn in turns]
+
+
+def _one_spaced(text: str) -> str:
+    """`" ".join(text.split())`, which costs nothing where it changes nothing."""
+    if text.isascii() and "  " not in text and "\n" not in text and "\t" not in text:
+        return text.strip()
+    return " ".join(text.split())
+
+
+def _besides(turn: Turn) -> str:
+    return f"\x1f{sorted(turn.extra.items())!r}"
+
+
+_WORD = re.compile(r"\w+")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text as comparisons see them: no case, no punctuation.
+
+    >>> words("It's GREAT!")
+    ['it', 's', 'great']
+    """
+    return _WORD.findall(text.casefold())

@@ -1,50 +1,214 @@
 """Which documents share a row: best-fit decreasing, so that almost nothing is padding and nothing is cut.
 
 Each document goes to the fullest row that still has room for it, longest documents first (Ding et al. 2024, "Fewer
-Truncations Improve Language Modeling"). A function of the lengths alone: the same rows on every machine.
+Truncations Improve Language Modeling"). What matters of a document is its length, and what matters of a row its room,
+so documents of one length and rows of one room are moved together: the work is a few moves a length, however many
+documents there are. The corpus is packed window by window, which bounds the memory by the window. A function of the
+lengths and the seed alone: the same rows on every machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from sft_dist.errors import DataError
 
+WINDOW_DOCUMENTS = 1 << 21  # most documents of a window: very short ones would otherwise take hundreds of bytes a row
+READ_DOCUMENTS = 1 << 16  # lengths read at once while looking for the end of a window
 
-def pack(lengths: Sequence[int] | np.ndarray, seq_len: int) -> list[list[int]]:
-    """Rows of document indices; each document is in exactly one row, and no row holds more than `seq_len` tokens.
 
-    Raises DataError for a document of no tokens or of more than `seq_len`.
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """The rows of one window: row r holds the pieces ends[r - 1]..ends[r], in this order.
 
-    >>> pack([5, 3, 8, 2, 1], seq_len=8)
-    [[2], [0, 1], [3, 4]]
+    `documents`: number of each piece's document in the corpus; `starts`: the piece's first token within its document;
+    `counts`: tokens of the piece; all int64 [pieces]. `ends`: int64 [rows], pieces up to the end of each row.
     """
-    lengths = np.asarray(lengths, dtype=np.int64)
-    wrong = np.flatnonzero((lengths < 1) | (lengths > seq_len))
-    if len(wrong):
-        raise DataError(
-            f"document {wrong[0]}: {lengths[wrong[0]]} tokens do not fit a row of {seq_len}; split or drop it, or raise "
-            "prepare.seq_len"
-        )
-    rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(seq_len + 1)]  # rows by the room they have left
-    rooms = 0  # bit r is set when some row has room r: the next set bit is the best fit, found in one machine-wide step
-    for document in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[document])
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = with_room[room].pop()
-            if not with_room[room]:
-                rooms ^= 1 << room
+
+    documents: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    ends: np.ndarray
+
+
+def pack(
+    lengths: Sequence[int] | np.ndarray,
+    seq_len: int,
+    *,
+    how: Literal["best_fit", "concat", "none"] = "best_fit",
+    seed: int = 0,
+    window_tokens: int = 1 << 25,
+) -> Iterator[Packing]:
+    """Rows of at most `seq_len` tokens, a Packing for each window of about `window_tokens` consecutive tokens.
+
+    `lengths`: tokens of each document, any integers [documents], read piecemeal (a `np.memmap` will do). `best_fit`
+    cuts nothing and breaks ties among equal lengths by `seed`; `none` gives each document a row; `concat` cuts the
+    stream of documents into full rows, and a piece after a cut repeats the token before it, as context: each token but
+    a document's first is predicted once. Raises DataError for a document of no tokens or, unless `concat`, of more
+    than `seq_len`, and for a row that cannot hold a token and its target.
+
+    >>> [packing] = pack([5, 3, 8, 2, 1], seq_len=8)
+    >>> packing.documents.tolist(), packing.ends.tolist()
+    ([0, 1, 2, 3, 4], [2, 3, 5])
+    >>> [packing] = pack([5, 6], seq_len=8, how="concat")
+    >>> packing.documents.tolist(), packing.starts.tolist(), packing.counts.tolist(), packing.ends.tolist()
+    ([0, 1, 1], [0, 0, 2], [5, 3, 4], [2, 3])
+    """
+    if seq_len < 2:
+        raise DataError(f"rows of {seq_len} tokens hold no token with a target; raise prepare.seq_len to at least 2")
+    for window, (first, tokens) in enumerate(_windows(np.asanyarray(lengths), window_tokens)):
+        _check(tokens, first, seq_len if how != "concat" else None)
+        if how == "concat":
+            yield _concatenated(tokens, first, seq_len)
+        elif how == "none":
+            yield _whole(np.arange(len(tokens)), tokens, first, np.arange(1, len(tokens) + 1))
         else:
-            room, row = seq_len, len(rows)
-            rows.append([])
-        rows[row].append(document)
-        left = room - length
-        if left:
-            with_room[left].append(row)
-            rooms |= 1 << left
-    return rows
+            yield _best_fit(tokens, first, seq_len, np.random.Generator(np.random.PCG64([seed, window])))
+
+
+def _windows(lengths: np.ndarray, window_tokens: int) -> Iterator[tuple[int, np.ndarray]]:
+    """First document and int64 lengths of each window: as many documents as `window_tokens` holds, and at least one."""
+    first = 0
+    while first < len(lengths):
+        end, room = first, window_tokens
+        while end < min(len(lengths), first + WINDOW_DOCUMENTS):
+            block = lengths[end : min(end + READ_DOCUMENTS, first + WINDOW_DOCUMENTS)]
+            tokens = np.cumsum(np.maximum(block, 0), dtype=np.int64)
+            fitting = int(np.searchsorted(tokens, room, side="right"))
+            end += fitting
+            if fitting < len(block):
+                break
+            room -= int(tokens[-1])
+        end = max(end, first + 1)
+        yield first, np.array(lengths[first:end], dtype=np.int64)
+        first = end
+
+
+def _check(tokens: np.ndarray, first: int, longest: int | None) -> None:
+    """Refuse a document of no tokens, or of more than a row holds."""
+    if tokens.min() >= 1 and (longest is None or tokens.max() <= longest):
+        return
+    wrong = int(np.argmax((tokens < 1) | (tokens > (longest or tokens.max()))))
+    if longest is None or tokens[wrong] < 1:
+        raise DataError(f"document {first + wrong}: {tokens[wrong]} tokens, and a row takes 1 or more; drop it")
+    raise DataError(
+        f"document {first + wrong}: {tokens[wrong]} tokens do not fit a row of {longest}; split or drop it, or raise "
+        "prepare.seq_len"
+    )
+
+
+def _whole(order: np.ndarray, tokens: np.ndarray, first: int, ends: np.ndarray) -> Packing:
+    """Rows of uncut documents: `order` is the documents of the window, row after row."""
+    return Packing(order + first, np.zeros(len(order), dtype=np.int64), tokens[order], ends)
+
+
+# ---- best fit ----
+
+
+def _best_fit(tokens: np.ndarray, first: int, seq_len: int, random: np.random.Generator) -> Packing:
+    """Best-fit decreasing over one window; rows are numbered by their first document."""
+    shuffled = random.permutation(len(tokens))  # ties among equal lengths must not follow the order of the corpus
+    longest_first = shuffled[_stable_order(seq_len - tokens[shuffled])]
+    moves = _moves(np.bincount(tokens, minlength=seq_len + 1), seq_len)
+    row = np.empty(len(tokens), dtype=np.int64)  # of each document
+    row[longest_first] = _rows_of(moves, seq_len)
+    opens = np.empty(int(row.max()) + 1, dtype=np.int64)  # first document of each row: the last to be written
+    opens[row[::-1]] = np.arange(len(tokens))[::-1]
+    is_first = np.zeros(len(tokens), dtype=bool)
+    is_first[opens] = True
+    row = (np.cumsum(is_first) - 1)[opens][row]
+    return _whole(_stable_order(row), tokens, first, np.cumsum(np.bincount(row)))
+
+
+def _moves(num_documents: np.ndarray, seq_len: int) -> np.ndarray:
+    """Best fit in bulk, from the number of documents of each length: moves [moves, 4] of (room, rows, documents, left).
+
+    Each of `rows` rows with `room` tokens free takes `documents` documents and has `left` tokens free. Rows of one
+    room are a queue. A row that fits best still does after it took a document, while another one fits: its room was
+    the smallest that holds the length, and only got smaller.
+    """
+    num_rows = [0] * seq_len + [int(num_documents.sum())]  # by room; as many empty rows as could be needed
+    rooms = 1 << seq_len  # bit r: some row has room r. The next set bit is the best fit, found in one machine-wide step
+    moves: list[tuple[int, int, int, int]] = []
+    for length in np.flatnonzero(num_documents)[::-1].tolist():
+        waiting = int(num_documents[length])
+        while waiting:
+            fitting = rooms >> length
+            room = length + (fitting & -fitting).bit_length() - 1
+            each = min(room // length, waiting)
+            rows = min(num_rows[room], waiting // each)
+            left = room - each * length
+            moves.append((room, rows, each, left))
+            waiting -= rows * each
+            num_rows[room] -= rows
+            if not num_rows[room]:
+                rooms ^= 1 << room
+            if left:
+                num_rows[left] += rows
+                rooms |= 1 << left
+    return np.array(moves, dtype=np.int64)
+
+
+def _rows_of(moves: np.ndarray, seq_len: int) -> np.ndarray:
+    """Row of each document, longest first: the moves are replayed on the queues of rows, side by side in one array."""
+    room, rows, each, left = moves.T
+    enter = _places(left, rows)
+    leave = _places(room, rows)
+    size = np.bincount(left, rows, seq_len + 1).astype(np.int64)
+    base = np.cumsum(size) - size  # of each room's queue; the one of empty rows is the last, and nothing enters it
+    queue = np.empty(int(base[seq_len] + rows[room == seq_len].sum()), dtype=np.int64)
+    queue[base[seq_len] :] = np.arange(len(queue) - base[seq_len])
+    enter, leave = base[left] + enter, base[room] + leave
+    for to, source, count in zip(enter.tolist(), leave.tolist(), rows.tolist(), strict=True):
+        queue[to : to + count] = queue[source : source + count]
+    taken = np.repeat(leave - np.cumsum(rows) + rows, rows) + np.arange(rows.sum())
+    return np.repeat(queue[taken], np.repeat(each, rows))
+
+
+def _places(room: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Rows of the same room in the moves before each move: its place in the room's queue."""
+    order = _stable_order(room)
+    before = np.cumsum(rows[order]) - rows[order]
+    opens = np.flatnonzero(np.diff(room[order], prepend=-1))
+    places = np.empty(len(room), dtype=np.int64)
+    places[order] = before - np.repeat(before[opens], np.diff(opens, append=len(room)))
+    return places
+
+
+def _stable_order(keys: np.ndarray) -> np.ndarray:
+    """Stable ascending order of integers in 0..2³²: numpy sorts 16 bits at a time by radix, anything wider by merging."""
+    order = np.argsort(keys.astype(np.uint16), kind="stable")
+    if keys.max() >> 16:
+        order = order[np.argsort((keys >> 16).astype(np.uint16)[order], kind="stable")]
+    return order
+
+
+# ---- concatenation ----
+
+
+def _concatenated(tokens: np.ndarray, first: int, seq_len: int) -> Packing:
+    """One window's documents one after another; a loop over documents decides what one pass of numpy then cuts."""
+    room = seq_len
+    heads, opens = [], []  # tokens of each document's first piece; whether that piece begins a row
+    for length in tokens.tolist():
+        # One token of room holds no piece with a target: it stays empty, unless the document is that token.
+        begins = room == 0 or (room == 1 and length > 1)
+        room = seq_len if begins else room
+        head = min(length, room)
+        heads.append(head)
+        opens.append(begins)
+        room = room - head if head == length else seq_len - 2 - (length - head - 1) % (seq_len - 1)
+    head = np.array(heads, dtype=np.int64)
+    pieces = 1 - (head - tokens) // (seq_len - 1)  # after the first, each has a token of context and seq_len - 1 more
+    last = np.cumsum(pieces)
+    document = np.repeat(np.arange(len(tokens)), pieces)
+    nth = np.arange(last[-1]) - (last - pieces)[document]
+    starts = np.where(nth == 0, 0, head[document] - 1 + (nth - 1) * (seq_len - 1))
+    counts = np.where(nth == 0, head[document], np.minimum(seq_len, tokens[document] - starts))
+    begins_row = (nth > 0) | np.array(opens)[document]
+    ends = np.append(np.flatnonzero(begins_row[1:]) + 1, last[-1])
+    return Packing(document + first, starts, counts, ends)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One message of a conversation; `is_target` says that its text is to be learned.
 
+    `extra` holds what a message has besides: `tool_calls` [{"type": "function", "function": {"name", "arguments": {…}}}],
+    `name`, `tool_call_id`, `reasoning_content`; None for most.
+
     >>> Turn("assistant", "ham", is_target=True).content
     'ham'
     """
 
-    role: str  # "system" | "user" | "assistant" | "text"
+    role: str  # "system" | "user" | "assistant" | "tool" | "text"
     content: str
     is_target: bool = False
+    extra: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +33,14 @@ class Conversation:
     `label` is the class name of a label task's record, None elsewhere.
 
     >>> spam = Conversation((Turn("user", "WIN!!"), Turn("assistant", "spam", True)), "sms.tsv:3", label="spam")
-    >>> spam.prompt
-    (Turn(role='user', content='WIN!!', is_target=False),)
+    >>> spam.prompt[0].content
+    'WIN!!'
     """
 
     turns: tuple[Turn, ...]
     where: str
     label: str | None = None
+    tools: list[dict[str, Any]] | None = None  # JSON schemas of the functions the assistant may call
 
     @property
     def prompt(self) -> tuple[Turn, ...]:
@@ -70,15 +78,17 @@ class Span:
 class Document:
     """A tokenised record: `ids[i]` carries loss when `targets[i]`; the first token never does.
 
-    >>> Document([5, 6, 7], [False, False, True], "sms.tsv:3").num_targets
+    `ids`: uint32 [tokens], `targets`: bool [tokens].
+
+    >>> Document(np.array([5, 6, 7], np.uint32), np.array([False, False, True]), "sms.tsv:3").num_targets
     1
     """
 
-    ids: list[int]
-    targets: list[bool]
+    ids: np.ndarray
+    targets: np.ndarray
     where: str
 
     @property
     def num_targets(self) -> int:
         """Tokens that carry loss."""
-        return sum(self.targets)
+        return int(np.count_nonzero(self.targets))

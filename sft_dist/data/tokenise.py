@@ -1,7 +1,7 @@
 """Text as token ids, with a flag for each token that carries loss; and where tokenizers come from.
 
-Everything runs on one kind of tokenizer, `tokenizers.Tokenizer`: what is trained or given as sentencepiece is converted
-once and checked against sentencepiece itself, so that what is exported is what was trained with.
+The reference is `tokenizers.Tokenizer`: what is trained or given as sentencepiece is converted once and checked against
+sentencepiece itself, so that what is exported is what was trained with. Where gigatoken makes the same ids, it does the work.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from sft_dist.config import SentencePieceTraining
 from sft_dist.data.records import Document, Drop, Span
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 _REPLACEMENT = "▁"  # sentencepiece's visible space
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tokenizer:
     """A tokenizer with the tokens that a trainer needs by name; text that spells one of them stays text.
 
@@ -37,39 +40,136 @@ class Tokenizer:
     pad_token: str
     bos_token: str | None = None
     unk_token: str | None = None
+    chat_template: str | None = None
+    eot_token: str | None = None  # where the template ends an answer, when that is another token than eos
+    fast: Callable[[str], np.ndarray] | None = None  # text -> the same ids, many times faster; see `accelerated`
+    fast_rest: Callable[[str], np.ndarray] | None = None  # the same for text that follows a control token
 
     def __post_init__(self) -> None:
         self.inner.encode_special_tokens = True  # "</s>" in somebody's message is four characters, not an end
 
-    @property
+    @cached_property
     def eos_id(self) -> int:
         """Id of the token that ends a document."""
         return self.inner.token_to_id(self.eos_token)
 
-    @property
+    @cached_property
     def pad_id(self) -> int:
         """Id of the filler at the end of rows."""
         return self.inner.token_to_id(self.pad_token)
 
-    @property
+    @cached_property
     def bos_ids(self) -> list[int]:
         """What stands before every document."""
         return self.inner.encode("", add_special_tokens=True).ids if self.bos_token else []
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """Ids that exist, added tokens included: the highest id and one."""
         return max(self.inner.get_vocab(with_added_tokens=True).values()) + 1
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A digest of what decides the ids: 32 hexadecimal digits."""
-        canonical = json.dumps([json.loads(self.inner.to_str()), self.eos_token, self.pad_token], sort_keys=True)
-        return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(
+            "\n".join((self._json, self.eos_token, self.pad_token)).encode(), digest_size=16
+        ).hexdigest()
+
+    @cached_property
+    def _json(self) -> str:
+        """What `tokenizer.json` holds."""
+        return self.inner.to_str()
+
+    @cached_property
+    def _control_ids(self) -> dict[str, np.ndarray]:
+        return {}
+
+    @cached_property
+    def control_tokens(self) -> frozenset[str]:
+        """The texts of the tokens that no text spells."""
+        return frozenset(token.content for token in self.inner.get_added_tokens_decoder().values() if token.special)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with nothing put around it."""
         return self.inner.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """Ids of the tokens after which an answer is over."""
+        return [self.eos_id, *([self.inner.token_to_id(self.eot_token)] if self.eot_token else [])]
+
+    @cached_property
+    def _rest(self) -> tokenizers.Tokenizer | None:
+        """For text that follows a control token, where the tokenizer marks only the beginning of a whole text with `▁`."""
+        about = json.loads(self._json)
+        steps = about["pre_tokenizer"] or {}
+        marks = [step for step in steps.get("pretokenizers", [steps]) if step.get("prepend_scheme") == "first"]
+        if not marks:
+            return None
+        for step in marks:
+            step["prepend_scheme"] = "never"
+        made = type(self.inner).from_str(json.dumps(about))
+        made.encode_special_tokens = True
+        return made
+
+    @cached_property
+    def _trimming(self) -> dict[str, tuple[bool, bool]]:
+        """Control tokens that swallow white space (before, after) them."""
+        added = self.inner.get_added_tokens_decoder().values()
+        return {token.content: (token.lstrip, token.rstrip) for token in added if token.lstrip or token.rstrip}
+
+    def ids(self, text: str, *, is_rest: bool = False) -> np.ndarray:
+        """The same as uint32 [tokens], the fast way where there is one; `is_rest`: the text follows a control token."""
+        if is_rest and self._rest is not None:
+            if self.fast_rest is not None:
+                return self.fast_rest(text)
+            return np.array(self._rest.encode(text, add_special_tokens=False).ids, np.uint32)
+        return np.array(self.encode(text), np.uint32) if self.fast is None else self.fast(text)
+
+    def trimmed(self, spans: list[Span]) -> list[Span]:
+        """The spans without the white space that control tokens swallow."""
+        if not self._trimming:
+            return spans
+        spans = list(spans)
+        for place, span in enumerate(spans):
+            before, after = self._trimming.get(span.text, (False, False)) if span.is_control else (False, False)
+            if before and place and not spans[place - 1].is_control:
+                spans[place - 1] = replace(spans[place - 1], text=spans[place - 1].text.rstrip())
+            if after and place + 1 < len(spans) and not spans[place + 1].is_control:
+                spans[place + 1] = replace(spans[place + 1], text=spans[place + 1].text.lstrip())
+        return [span for span in spans if span.text]
+
+    def whole_ids(self, text: str) -> list[int]:
+        """Ids of a rendered text as inference makes them: what spells a control token is one."""
+        self.inner.encode_special_tokens = False
+        try:
+            return self.inner.encode(text, add_special_tokens=False).ids
+        finally:
+            self.inner.encode_special_tokens = True
+
+    def control_ids(self, token: str) -> np.ndarray:
+        """The one id of a control token, uint32 [1]."""
+        return self._control_ids.setdefault(token, np.array([self.inner.token_to_id(token)], np.uint32))
+
+    def accelerated(self, samples: Iterable[str]) -> tuple[Tokenizer, str]:
+        """This tokenizer with gigatoken behind it where that gives the same ids on `samples`, and what was found."""
+        added = [token.content for token in self.inner.get_added_tokens_decoder().values()]
+        texts = (*_SAMPLES, *(f"a {token} b{token}c" for token in added), *samples)
+        made = []
+        for slow, tokenizer_json in ((self.inner, self._json), (self._rest, self._rest and self._rest.to_str())):
+            if slow is None:
+                continue
+            fast, reason = _gigatoken(tokenizer_json)
+            if fast is None:
+                return self, f"tokenizers (gigatoken does not know this tokenizer: {reason})"
+            for text in texts:
+                found, _ = _attempt(lambda fast=fast, text=text: fast(text).tolist())
+                if found != slow.encode(text, add_special_tokens=False).ids:
+                    return self, f"tokenizers (gigatoken differs on {text[:60]!r})"
+            made.append(fast)
+        return replace(
+            self, fast=made[0], fast_rest=made[-1]
+        ), f"gigatoken (equal to tokenizers on {len(texts):,} texts)"
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, control tokens left out."""
@@ -82,6 +182,7 @@ class Tokenizer:
         names = {"eos_token": self.eos_token, "pad_token": self.pad_token}
         names |= {"bos_token": self.bos_token} if self.bos_token else {}
         names |= {"unk_token": self.unk_token} if self.unk_token else {}
+        names |= {"eot_token": self.eot_token} if self.eot_token else {}
         about = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": model_max_length,
@@ -102,7 +203,9 @@ class Tokenizer:
             return from_sentencepiece(path.read_bytes(), samples=_SAMPLES)
         inner = _fast(path, name)
         about = _json_file(path, name, "tokenizer_config.json")
-        named = {key: _content(about.get(key)) for key in ("eos_token", "pad_token", "bos_token", "unk_token")}
+        named = {
+            key: _content(about.get(key)) for key in ("eos_token", "pad_token", "bos_token", "unk_token", "eot_token")
+        }
         if named["eos_token"] is None:  # GPT-2 on the hub names it only in the model's configuration, by its id
             eos_id = _json_file(path, name, "config.json").get("eos_token_id")
             named["eos_token"] = inner.id_to_token(eos_id) if isinstance(eos_id, int) else None
@@ -112,11 +215,42 @@ class Tokenizer:
         inner.no_padding()
         inner.no_truncation()
         known = {key: token for key, token in named.items() if token and inner.token_to_id(token) is not None}
-        return cls(inner, eos, known.get("pad_token", eos), known.get("bos_token"), known.get("unk_token"))
+        pad, bos, unk = known.get("pad_token", eos), known.get("bos_token"), known.get("unk_token")
+        return cls(inner, eos, pad, bos, unk, _chat_template(path, name, about), known.get("eot_token"))
 
 
 def _content(token: Any) -> str | None:
     return token["content"] if isinstance(token, dict) else token
+
+
+def _chat_template(path: Path, name: str, about: dict[str, Any]) -> str | None:
+    """The tokenizer's own: in its configuration (of several the one called "default"), or a file beside it."""
+    own = about.get("chat_template")
+    if isinstance(own, list):
+        own = {entry["name"]: entry["template"] for entry in own}.get("default")
+    if own is None and path.is_dir():
+        file = _file(path, name, "chat_template.jinja")
+        own = file.read_text() if file else None
+    return own
+
+
+def _gigatoken(tokenizer_json: str) -> tuple[Callable[[str], np.ndarray] | None, str]:
+    """gigatoken's encoder of this tokenizer, or None and why; control tokens are taken out, so that no text spells one."""
+    import gigatoken
+
+    about = json.loads(tokenizer_json)
+    about["added_tokens"] = [token for token in about["added_tokens"] if not token["special"]]
+    return _attempt(lambda: gigatoken.Tokenizer.from_json(json.dumps(about)).backend.encode)
+
+
+def _attempt(call: Callable[[], Any]) -> tuple[Any, str]:
+    """What a call into gigatoken gives, or None and why it failed."""
+    try:
+        return call(), ""
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in its Rust is not an Exception
+        return None, (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _fast(path: Path, name: str) -> tokenizers.Tokenizer:
@@ -126,7 +260,7 @@ def _fast(path: Path, name: str) -> tokenizers.Tokenizer:
 
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file() and not (path / "tokenizer.json").is_file():
         pair = ByteLevelBPETokenizer(str(path / "vocab.json"), str(path / "merges.txt"))
-        fast = Fast.from_str(pair.to_str())
+        fast = pair._tokenizer
         ends = [token for token in ("<|endoftext|>", "</s>") if fast.token_to_id(token) is not None]
         fast.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in ends])
         return fast
@@ -159,59 +293,130 @@ def _file(path: Path, name: str, file: str) -> Path | None:
         ) from error
 
 
-def tokenise(spans: Iterable[Span], tokenizer: Tokenizer, where: str) -> Document | Drop:
+def tokenise(spans: Iterable[Span], tokenizer: Tokenizer, where: str, *, adds_bos: bool = True) -> Document | Drop:
     """Ids and target flags of rendered spans; the first token of a document is never a target.
 
     The ids are those inference will see: between control tokens the text is tokenised as a whole, and up to each span
     boundary it must give the same ids alone. Where a token would reach across a boundary the record is a Drop.
+    `adds_bos`: the tokenizer's own bos goes before, unless the first span is that token.
     """
-    ids, targets = list(tokenizer.bos_ids), [False] * len(tokenizer.bos_ids)
-    text, base = "", len(ids)
+    spans = tokenizer.trimmed(list(spans))
+    bos = _bos(spans, tokenizer, adds_bos)
+    pieces, runs, length = [np.array(bos, np.uint32)], [], len(bos)
+    text, placed, is_rest = "", b"", False  # since the last control token: the text, and the bytes of its ids
     for span in spans:
+        before = length
         if span.is_control:
-            ids.append(tokenizer.inner.token_to_id(span.text))
-            targets.append(span.is_target)
-            text, base = "", len(ids)
-            continue
-        text += span.text
-        whole = tokenizer.encode(text)
-        if whole[: len(ids) - base] != ids[base:]:
-            return Drop("boundary_merge", where, f"a token reaches across the boundary before {span.text[:20]!r}")
-        new = whole[len(ids) - base :]
-        ids += new
-        targets += [span.is_target] * len(new)
-    if targets:
-        targets[0] = False
-    if not any(targets):
+            pieces.append(tokenizer.control_ids(span.text))
+            length += 1
+            text, placed, is_rest = "", b"", True
+        else:
+            text += span.text
+            whole = tokenizer.ids(text, is_rest=is_rest)
+            now = whole.tobytes()
+            if placed and not now.startswith(placed):
+                return Drop("boundary_merge", where, f"a token reaches across the boundary before {span.text[:20]!r}")
+            pieces.append(whole[len(placed) // 4 :] if placed else whole)
+            length += len(pieces[-1])
+            placed = now
+        if span.is_target and length > before:
+            runs.append((before, length))
+    ids, targets = np.concatenate(pieces, dtype=np.uint32), np.zeros(length, bool)
+    for begin, end in runs:
+        targets[begin:end] = True
+    targets[:1] = False
+    if not runs or runs[-1][1] == 1:
         return Drop("no_targets", where, "no token is to be learned")
     return Document(ids, targets, where)
 
 
-def prompt_ids(spans: Iterable[Span], tokenizer: Tokenizer) -> list[int]:
+def _bos(spans: Sequence[Span], tokenizer: Tokenizer, adds_bos: bool) -> list[int]:
+    begins_with_it = bool(spans) and spans[0].is_control and spans[0].text == tokenizer.bos_token
+    return list(tokenizer.bos_ids) if adds_bos and not begins_with_it else []
+
+
+def prompt_ids(spans: Iterable[Span], tokenizer: Tokenizer, *, adds_bos: bool = True) -> list[int]:
     """Ids of a rendered prompt, as inference sees them."""
-    ids, text = list(tokenizer.bos_ids), ""
-    for span in spans:
-        if span.is_control:
-            ids += [*(tokenizer.encode(text) if text else []), tokenizer.inner.token_to_id(span.text)]
-            text = ""
-        else:
+    spans = tokenizer.trimmed(list(spans))
+    ids, text, is_rest = _bos(spans, tokenizer, adds_bos), "", False
+    for span in [*spans, None]:
+        if span is not None and not span.is_control:
             text += span.text
-    return ids + (tokenizer.encode(text) if text else [])
+            continue
+        ids += tokenizer.ids(text, is_rest=is_rest).tolist() if text else []
+        ids += [] if span is None else tokenizer.control_ids(span.text).tolist()
+        text, is_rest = "", True
+    return ids
 
 
-def split(document: Document, seq_len: int) -> list[Document]:
-    """Plain text cut into documents of at most `seq_len` tokens; no target is lost.
+def check_inference(spans: Sequence[Span], tokenizer: Tokenizer) -> None:
+    """Compare the ids of these spans with those of their text as a whole, which is what inference will be given.
 
-    Each begins with the last token of the one before, as context, so that every token but the first is predicted once.
+    Raises DataError when they differ; texts that spell a control token are passed over (there they differ on purpose).
+    """
+    if any(token in span.text for span in spans if not span.is_control for token in tokenizer.control_tokens):
+        return
+    text = "".join(span.text for span in spans)
+    ours, theirs = prompt_ids(spans, tokenizer, adds_bos=False), tokenizer.whole_ids(text)
+    if ours != theirs:
+        at = next(
+            (n for n, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]),
+            min(len(ours), len(theirs)),
+        )
+        raise DataError(
+            f"prepare.tokenizer: makes other ids of a rendered text than of its pieces (token {at} of {text[:80]!r}): what is "
+            "trained would not be what inference sees; use another template or tokenizer, and report this one"
+        )
 
-    >>> [d.ids for d in split(Document([1, 2, 3, 4, 5], [False] + [True] * 4, "a:1"), seq_len=3)]
+
+def fit(
+    document: Document, seq_len: int, how: Literal["split", "truncate_turns", "drop", "error"], *, context: int
+) -> list[Document] | Drop:
+    """A document of any length as documents of at most `seq_len` tokens.
+
+    `split` loses no target: each is learned once, after what stood before it (as much as there is room for beside half a
+    row of targets; `context` tokens where one answer is cut). `truncate_turns` leaves out the last turns. `drop` and
+    `error` give a Drop; so does a first answer that does not fit, when turns are left out.
+
+    >>> long = Document(np.arange(1, 6, dtype=np.uint32), np.array([False, True, True, True, True]), "a:1")
+    >>> [part.ids.tolist() for part in fit(long, 3, "split", context=1)]
     [[1, 2, 3], [3, 4, 5]]
     """
+    if len(document.ids) <= seq_len:
+        return [document]
+    if how == "split":
+        return _split(document, seq_len, context)
+    edges = _run_ends(document.targets)
+    fitting = edges[edges <= seq_len]
+    if how == "truncate_turns" and len(fitting):
+        end = int(fitting[-1])
+        return [Document(document.ids[:end], document.targets[:end], document.where)]
+    return Drop("too_long", document.where, f"{len(document.ids)} tokens, a row has {seq_len}")
+
+
+def _run_ends(targets: np.ndarray) -> np.ndarray:
+    """Where each run of targets ends (exclusive)."""
+    return np.flatnonzero(targets & ~np.append(targets[1:], False)) + 1
+
+
+def _split(document: Document, seq_len: int, context: int) -> list[Document]:
     ids, targets = document.ids, document.targets
-    parts = []
-    for start in range(0, max(1, len(ids) - 1), seq_len - 1):
-        part = targets[start : start + seq_len]
-        parts.append(Document(ids[start : start + seq_len], [False, *part[1:]], document.where))
+    ends = _run_ends(targets)
+    parts, done, natural = [], 0, 0  # targets before `done` are placed; `natural` is where this turn's context begins
+    while len(left := np.flatnonzero(targets[done:])):
+        first = done + int(left[0])
+        run_end = int(ends[np.searchsorted(ends, first, side="right")])
+        begin = max(natural, first + min(run_end - first, seq_len // 2) - seq_len)
+        whole = ends[(ends > first) & (ends <= begin + seq_len)]
+        end = int(whole[-1]) if len(whole) else min(begin + seq_len, len(ids))
+        begin = (
+            min(begin, max(0, end - seq_len)) if context > 1 else begin
+        )  # what room is left holds more of what was said
+        flags = targets[begin:end].copy()
+        flags[: first - begin] = False
+        parts.append(Document(ids[begin:end], flags, document.where))
+        done = end
+        natural = end if end in ends else end - context
     return parts
 
 
@@ -251,7 +456,7 @@ def train_sentencepiece(texts: Iterable[str], config: SentencePieceTraining) -> 
     return from_sentencepiece(model.getvalue(), samples=[*_SAMPLES, *texts[:200]])
 
 
-# What conversions get wrong: runs of spaces, line ends, accents, emoji, control tokens spelled out, other scripts.
+# What conversions and fast forms get wrong: runs of spaces, line ends, accents, emoji, control tokens spelled out, other scripts.
 _SAMPLES = (
     "Hello world",
     " two  spaces   three ",

@@ -56,7 +56,7 @@ def refusal(path, *overrides):
 def test_a_minimal_run_file_has_sensible_defaults(tmp_path):
     config = load(written(tmp_path))
     assert (config.train.learning_rate, config.train.precision, config.zero) == (2e-5, "bf16", "ds_configs/zero2.json")
-    assert (config.prepare.seq_len, config.prepare.deduplicate, config.prepare.template) == (1024, True, "plain")
+    assert (config.prepare.seq_len, config.prepare.curate.duplicates, config.prepare.template) == (1024, True, "plain")
     assert (config.evaluate.every_steps, config.checkpoint.keep_last) == (None, 2)
     assert not config.model.is_scratch
     with pytest.raises(ValidationError, match="frozen"):
@@ -231,7 +231,7 @@ def test_fp16_gets_a_word_on_the_list(tmp_path):
     assert "; did you mean bf16?" in refusal(written(tmp_path), "train.precision=fp16")
 
 
-@pytest.mark.parametrize("key", ["run_dir", "prepare.out", "model", "prepare.sources.0.schema"])
+@pytest.mark.parametrize("key", ["run_dir", "prepare.out", "model", "prepare.sources.0.path"])
 def test_a_key_without_a_default_must_be_there(tmp_path, key):
     path = written(tmp_path)
     values = yaml.safe_load(path.read_text())

@@ -226,22 +226,22 @@ def counting(tokens, positions):
 
 
 def test_an_answer_stops_at_the_end_token(comms):
-    assert answer(counting, [3, 4], comms, eos_id=8, max_new_tokens=40, context=100) == [5, 6, 7]
-    assert answer(counting, [3, 7], comms, eos_id=8, max_new_tokens=40, context=100) == []
+    assert answer(counting, [3, 4], comms, end_ids=[8], max_new_tokens=40, context=100) == [5, 6, 7]
+    assert answer(counting, [3, 7], comms, end_ids=[8], max_new_tokens=40, context=100) == []
 
 
 def test_an_answer_stops_at_its_limit(comms):
-    assert answer(counting, [3], comms, eos_id=49, max_new_tokens=3, context=100) == [4, 5, 6]
+    assert answer(counting, [3], comms, end_ids=[49], max_new_tokens=3, context=100) == [4, 5, 6]
 
 
 @pytest.mark.parametrize(("context", "wanted"), [(5, [5, 6, 7]), (3, [5]), (2, []), (1, [])])
 def test_an_answer_stops_where_the_context_ends(comms, context, wanted):
-    assert answer(counting, [3, 4], comms, eos_id=49, max_new_tokens=40, context=context) == wanted
+    assert answer(counting, [3, 4], comms, end_ids=[49], max_new_tokens=40, context=context) == wanted
 
 
 def test_an_answer_is_what_transformers_generates(model, tokenizer, forward, comms):
     ids = tokenizer.encode(QUESTION.format(text="the sky"))
-    ours = answer(forward, ids, comms, eos_id=tokenizer.eos_id, max_new_tokens=12, context=96)
+    ours = answer(forward, ids, comms, end_ids=[tokenizer.eos_id], max_new_tokens=12, context=96)
     theirs = model.generate(
         torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.eos_id, pad_token_id=2
     )
@@ -295,7 +295,7 @@ def test_an_evaluator_measures_what_there_is(data, tokenizer, forward, held_out,
     loader = Loader(open_shards(data, "validation"), Topology(), seed=0, micro_batch_rows=4, shuffle=False)
     task = LabelTask.open(data / "labels")
     asked = prompts(held_out, template_from(QUESTION), tokenizer, 2)
-    sampling = Sampling(asked, tokenizer.decode, tokenizer.eos_id, context=96, max_new_tokens=4)
+    sampling = Sampling(asked, tokenizer.decode, tokenizer.end_ids, context=96, max_new_tokens=4)
 
     whole = Evaluator(comms, loader, task, sampling)
     loss = validation_loss(forward, loader, comms)
@@ -305,7 +305,7 @@ def test_an_evaluator_measures_what_there_is(data, tokenizer, forward, held_out,
     assert whole.metrics(forward) == {**loss, **metrics}
     answers = whole.samples(forward)
     assert [(a["prompt"], a["expected"]) for a in answers] == [(p.text, p.expected) for p in asked]
-    ids = answer(forward, asked[1].ids, comms, eos_id=tokenizer.eos_id, max_new_tokens=4, context=96)
+    ids = answer(forward, asked[1].ids, comms, end_ids=[tokenizer.eos_id], max_new_tokens=4, context=96)
     assert answers[1]["answer"] == tokenizer.decode(ids)
 
     assert Evaluator(comms, None, task).metrics(forward) == metrics

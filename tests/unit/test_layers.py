@@ -11,7 +11,11 @@ ROOT = Path(__file__).parents[2]
 ROWS = [
     "errors files data.records",
     "config topology",
-    "data.read data.curate data.template data.tokenise data.pack data.shards data.order schedule limits",
+    "data.token_files data.order schedule limits",
+    "data.sources",
+    "data.read data.curate data.template data.tokenise data.pack data.shards data.repeats data.select data.scratch",
+    "data.work data.mixture",
+    "data.merge",
     "data.build data.loader data.view comms loss metrics attention layout",
     "model engine",
     "checkpoint",
@@ -19,7 +23,10 @@ ROWS = [
     "trainer",
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row.split()}
-STAGES = {"data.read", "data.curate", "data.template", "data.tokenise", "data.pack", "data.shards"}
+STAGES = {
+    f"data.{name}"
+    for name in ["read", "curate", "template", "tokenise", "pack", "shards", "repeats", "select", "scratch"]
+}
 TORCH_FREE = {"errors", "files", "config", "topology", "schedule", "limits"} | {
     name for name in ROW_OF if name.startswith("data.") and name != "data.loader"
 }
@@ -29,6 +36,9 @@ OWNERS = {
     "torch.distributed": {"comms", "checkpoint"},
     "torch.utils.tensorboard": {"metrics"},
     "os.environ": {"topology"},
+    "gigatoken": {"data.tokenise"},
+    "ftfy": {"data.curate"},
+    "rensa": {"data.repeats"},
 }
 
 

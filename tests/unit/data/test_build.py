@@ -1,5 +1,9 @@
+import errno
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -7,14 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sft_dist.config import PrepareConfig, SentencePieceTraining, SourceConfig, TrainedTokenizer
-from sft_dist.data.build import Funnel, prepare, read_conversations
+from sft_dist.config import CurateConfig, PrepareConfig, SentencePieceTraining, SourceConfig, TrainedTokenizer
+from sft_dist.data.build import Task, prepare, read_conversations
+from sft_dist.data.merge import Funnel
 from sft_dist.data.records import Conversation, Turn
 from sft_dist.data.shards import Shards
 from sft_dist.data.tokenise import Tokenizer, train_sentencepiece
 from sft_dist.errors import ConfigError, DataError
+from sft_dist.files import hold
 
 TRAINING = SentencePieceTraining(vocab_size=350)
+ALL = CurateConfig(near_validation=None)  # the sentences below are much alike, on purpose
 WORDS = ("alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf")
 SPAM = "Spam or ham?\n{text}\nAnswer:"
 
@@ -48,7 +55,7 @@ def labelled(path, records):
 def config_of(path, out, tokenizer, schema="prompt_response", **more):
     source = {"path": str(path), "schema": schema}
     named = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
-    values = {"sources": [SourceConfig(**source)], "tokenizer": named, "seq_len": 64, "out": str(out)}
+    values = {"sources": [SourceConfig(**source)], "tokenizer": named, "seq_len": 64, "out": str(out), "curate": ALL}
     return PrepareConfig(**{**values, **more})
 
 
@@ -75,6 +82,10 @@ def decoded(shards, tokenizer):
     return texts
 
 
+def funnel_of(report):
+    return {key: report.funnel[key] for key in ("read", "train", "validation", "drops")}
+
+
 def test_every_record_is_accounted_for(tmp_path, tokenizer_folder):
     good = [{"prompt": sentence(n), "response": f"yes, {n}"} for n in range(40)]
     bad = [
@@ -87,7 +98,8 @@ def test_every_record_is_accounted_for(tmp_path, tokenizer_folder):
     path = write_lines(tmp_path / "a.jsonl", [*good, *bad])
     with path.open("a") as file:
         file.write("{broken\n")
-    config = config_of(path, tmp_path / "out", tokenizer_folder, validation_fraction=0.25, max_reject_fraction=0.1)
+    more = {"validation_fraction": 0.25, "max_reject_fraction": 0.1, "long_documents": "drop"}
+    config = config_of(path, tmp_path / "out", tokenizer_folder, **more)
     report = prepare(config)
     funnel = Funnel(**report.funnel)
     assert funnel.is_exact
@@ -95,6 +107,7 @@ def test_every_record_is_accounted_for(tmp_path, tokenizer_folder):
     assert funnel.train + funnel.validation == 40
     assert funnel.validation > 0
     assert funnel.drops == {"duplicate": 2, "empty_response": 1, "missing_key": 1, "too_long": 1, "invalid_json": 1}
+    assert funnel.long == {}
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert Counter(reject["reason"] for reject in rejects) == funnel.drops
     assert {reject["where"] for reject in rejects} == {f"{path}:{number}" for number in range(41, 47)}
@@ -135,7 +148,7 @@ def test_a_preparation_that_fails_leaves_no_folder_and_its_remains_are_swept(tmp
         DataError, match=r"no record is left to train on \(5 empty_response\); see .*rejects\.jsonl$"
     ) as e:
         prepare(config)
-    rejects = tmp_path / ".out.partial" / "rejects.jsonl"
+    rejects = tmp_path / ".out.partial" / "out" / "rejects.jsonl"
     assert str(rejects) in str(e.value)
     assert len(rejects.read_text().splitlines()) == 5
     assert not (tmp_path / "out").exists()
@@ -179,8 +192,8 @@ def test_what_was_prepared_otherwise_is_refused_and_named(tmp_path, tokenizer_fo
 
     refused(config.model_copy(update={"seq_len": 32}), r"prepare\.seq_len: 64 → 32")
     refused(
-        config.model_copy(update={"seed": 1, "deduplicate": False}),
-        r"prepare\.deduplicate: True → False; prepare\.seed: 0 → 1",
+        config.model_copy(update={"seed": 1, "curate": CurateConfig(duplicates=False)}),
+        r"prepare\.curate\.duplicates: True → False; prepare\.curate\.near_validation: None → 0\.8; prepare\.seed: 0 → 1",
     )
     with b.open("a") as file:
         file.write("\n")
@@ -260,7 +273,7 @@ def test_too_many_unreadable_records_stop_it_with_the_first_ones_told(tmp_path, 
     assert f"{path}:17: missing_key: no 'response'" in str(e.value)
     assert f"{path}:18: wrong_type" in str(e.value)
     assert "mend them, name another schema, or raise the limit" in str(e.value)
-    assert len((tmp_path / ".out.partial" / "rejects.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / ".out.partial" / "out" / "rejects.jsonl").read_text().splitlines()) == 4
     assert prepare(config.model_copy(update={"max_reject_fraction": 0.2})).funnel["train"] == 16
 
 
@@ -269,15 +282,15 @@ def test_records_that_are_read_and_left_out_are_not_unreadable(tmp_path, tokeniz
     config = config_of(path, tmp_path / "out", tokenizer_folder, max_reject_fraction=0.0)
     report = prepare(config)
     assert report.funnel["drops"] == {"duplicate": 49}
-    kept = config.model_copy(update={"deduplicate": False, "out": str(tmp_path / "all")})
+    kept = config.model_copy(update={"curate": CurateConfig(duplicates=False), "out": str(tmp_path / "all")})
     assert prepare(kept).funnel["train"] == 50
 
 
 def test_when_every_document_is_too_long_nothing_is_left(tmp_path, tokenizer_folder):
     path = pairs(tmp_path / "a.jsonl", range(5), answer="yes, {}" + " and on and on" * 20)
-    with pytest.raises(DataError, match=r"no document is left to train on \(5 too_long\); see .*rejects\.jsonl"):
-        prepare(config_of(path, tmp_path / "out", tokenizer_folder, seq_len=16))
-    rejects = (tmp_path / ".out.partial" / "rejects.jsonl").read_text().splitlines()
+    with pytest.raises(DataError, match=r"no record is left to train on \(5 too_long\); see .*rejects\.jsonl"):
+        prepare(config_of(path, tmp_path / "out", tokenizer_folder, seq_len=16, long_documents="drop"))
+    rejects = (tmp_path / ".out.partial" / "out" / "rejects.jsonl").read_text().splitlines()
     assert len(rejects) == 5
     assert "tokens, a row has 16" in rejects[0]
 
@@ -287,20 +300,18 @@ def test_a_long_conversation_may_be_an_error(tmp_path, tokenizer_folder):
     path = write_lines(tmp_path / "a.jsonl", records)
     config = config_of(path, tmp_path / "out", tokenizer_folder)
     with pytest.raises(
-        DataError, match=r"a\.jsonl:2: \d+ tokens, a row has 64; raise prepare\.seq_len, or set long_doc"
+        DataError, match=r"a\.jsonl:2: \d+ tokens, a row has 64; raise prepare\.seq_len, or choose another long_doc"
     ):
         prepare(config.model_copy(update={"long_documents": "error"}))
-    assert prepare(config).funnel["drops"] == {"too_long": 1}
+    assert prepare(config.model_copy(update={"long_documents": "drop"})).funnel["drops"] == {"too_long": 1}
 
 
 def test_long_text_is_split_and_loses_no_target(tmp_path, tokenizer_folder):
     tokenizer = Tokenizer.load(str(tokenizer_folder))
     texts = [" ".join(map(sentence, range(at, at + length))) for at, length in ((0, 1), (30, 40), (90, 9))]
     (tmp_path / "a.txt").write_text("\n\n".join(texts) + "\n")
-    report = prepare(
-        config_of(tmp_path / "a.txt", tmp_path / "out", tokenizer_folder, schema="text", long_documents="error")
-    )
-    assert report.funnel == {"read": 3, "train": 3, "validation": 0, "drops": {}}
+    report = prepare(config_of(tmp_path / "a.txt", tmp_path / "out", tokenizer_folder, schema="text"))
+    assert funnel_of(report) == {"read": 3, "train": 3, "validation": 0, "drops": {}}
     assert report.splits["train"]["documents"] > 3
     assert report.splits["train"]["targets"] == sum(
         len(tokenizer.encode(text)) for text in texts
@@ -313,7 +324,7 @@ def test_a_conversation_without_a_place_in_the_template_is_dropped(tmp_path, tok
     turn = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     path = write_lines(tmp_path / "a.jsonl", [{"messages": turn}, {"messages": turn * 2}])
     report = prepare(config_of(path, tmp_path / "out", tokenizer_folder, schema="messages"))
-    assert report.funnel == {"read": 2, "train": 1, "validation": 0, "drops": {"template_mismatch": 1}}
+    assert funnel_of(report) == {"read": 2, "train": 1, "validation": 0, "drops": {"template_mismatch": 1}}
     chat = config_of(path, tmp_path / "chat", tokenizer_folder, schema="messages", template="chat", seq_len=256)
     assert prepare(chat).funnel["train"] == 2
 
@@ -379,14 +390,15 @@ def test_a_prompt_that_does_not_fit_with_another_label_is_refused(tmp_path, toke
     prepare(config.model_copy(update={"seq_len": seq_len + 20}))
 
 
-@pytest.mark.parametrize("deduplicate", [True, False])
-def test_a_prompt_of_the_validation_files_is_not_trained_on(tmp_path, tokenizer_folder, deduplicate):
+@pytest.mark.parametrize("duplicates", [True, False])
+def test_a_prompt_of_the_validation_files_is_not_trained_on(tmp_path, tokenizer_folder, duplicates):
     held_out = pairs(tmp_path / "held.jsonl", range(5, 15))
     train = pairs(tmp_path / "train.jsonl", range(10), answer="otherwise {}")
-    config = config_of(train, tmp_path / "out", tokenizer_folder, deduplicate=deduplicate)
+    curate = CurateConfig(duplicates=duplicates, near_validation=None)
+    config = config_of(train, tmp_path / "out", tokenizer_folder, curate=curate)
     source = SourceConfig(path=str(held_out), schema="prompt_response")
     report = prepare(config.model_copy(update={"validation_sources": [source]}))
-    assert report.funnel == {"read": 20, "train": 5, "validation": 10, "drops": {"in_validation": 5}}
+    assert funnel_of(report) == {"read": 20, "train": 5, "validation": 10, "drops": {"in_validation": 5}}
     assert [r.where for r in read_conversations(tmp_path / "out" / "validation.jsonl")] == [
         f"{held_out}:{number}" for number in range(1, 11)
     ]
@@ -398,7 +410,7 @@ def test_an_exact_repeat_of_a_validation_record_leaves_training_not_validation(t
     held_out, train = pairs(tmp_path / "held.jsonl", range(3)), pairs(tmp_path / "train.jsonl", range(9))
     source = SourceConfig(path=str(held_out), schema="prompt_response")
     report = prepare(config_of(train, tmp_path / "out", tokenizer_folder, validation_sources=[source]))
-    assert report.funnel == {"read": 12, "train": 6, "validation": 3, "drops": {"duplicate": 3}}
+    assert funnel_of(report) == {"read": 12, "train": 6, "validation": 3, "drops": {"duplicate": 3}}
 
 
 def test_without_a_tokenizer_it_says_what_to_name(tmp_path, tokenizer_folder):
@@ -444,7 +456,8 @@ def test_conversations_are_read_back_as_they_were(tmp_path, tokenizer_folder):
     path = write_lines(tmp_path / "a.jsonl", [{"messages": each} for each in train])
     source = SourceConfig(path=str(held_out), schema="messages")
     config = config_of(path, tmp_path / "out", tokenizer_folder, "messages", template="chat", seq_len=512)
-    prepare(config.model_copy(update={"validation_sources": [source]}))
+    curate = CurateConfig(control_characters=False)
+    prepare(config.model_copy(update={"validation_sources": [source], "curate": curate}))
     wanted = tuple(Turn(role, text, role == "assistant" and text != "yes") for role, text in turns)
     assert list(read_conversations(tmp_path / "out" / "validation.jsonl")) == [Conversation(wanted, f"{held_out}:1")]
 
@@ -475,8 +488,204 @@ def test_the_report_of_a_clean_set_points_to_no_rejects(tmp_path, tokenizer_fold
     assert records == "  records: 10 read → 10 train, 0 validation; dropped: none"
 
 
-def test_progress_is_told_while_it_works(tmp_path, tokenizer_folder):
+def test_progress_is_told_while_it_works(tmp_path, tokenizer_folder, small_slices):
     told = []
-    path = write_lines(tmp_path / "a.jsonl", ({"prompt": f"p{n}", "response": "y"} for n in range(2100)))
+    path = pairs(tmp_path / "a.jsonl", range(60))
     prepare(config_of(path, tmp_path / "out", tokenizer_folder), progress=lambda *args: told.append(args))
-    assert told == [("read", 1000), ("read", 2000), ("tokenise train", 1000), ("tokenise train", 2000)]
+    stages = [args for args in told if args[0] == "slices"]
+    assert len(stages) > 3
+    assert [args[1] for args in stages] == list(range(1, len(stages) + 1))
+    assert all(args[2] == len(stages) for args in stages)
+    assert told[-1][:3] == ("write train", 1, 1)
+    assert told[-1][3] == sum(args[3] for args in stages)
+
+
+@pytest.fixture
+def small_slices(monkeypatch):
+    """Cut these little files into many slices."""
+    monkeypatch.setattr("sft_dist.data.build.SLICE_BYTES", 600)
+
+
+def test_workers_and_tasks_make_the_same_bytes(tmp_path, tokenizer_folder, small_slices):
+    path = pairs(tmp_path / "a.jsonl", [*range(80), *range(10)])
+    more = {"validation_fraction": 0.2, "rows_per_shard": 3, "curate": CurateConfig(near_duplicates=0.7)}
+    one = config_of(path, tmp_path / "one", tokenizer_folder, **more)
+    prepare(one)
+    prepare(one.model_copy(update={"out": str(tmp_path / "two")}), workers=3)
+    tasks = one.model_copy(update={"out": str(tmp_path / "tasks")})
+    for index in (2, 0, 1):
+        assert prepare(tasks, task=Task(index, 3)) is None
+    report = prepare(tasks, only_merge=True)
+    assert report.funnel["drops"]["duplicate"] == 10
+    assert content(tmp_path / "one") == content(tmp_path / "two") == content(tmp_path / "tasks")
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")) == [
+        "a.jsonl",
+        "one",
+        "tasks",
+        "two",
+    ]
+
+
+def test_a_merge_before_all_tasks_are_done_says_what_is_missing(tmp_path, tokenizer_folder, small_slices):
+    config = config_of(pairs(tmp_path / "a.jsonl", range(40)), tmp_path / "out", tokenizer_folder)
+    prepare(config, task=Task(0, 2))
+    with pytest.raises(DataError, match=r"of \d+ slices are not done \(the first is number 1\); run the missing tasks"):
+        prepare(config, only_merge=True)
+    changed = config.model_copy(update={"seq_len": 128})
+    for more in ({"task": Task(1, 2)}, {"only_merge": True}):
+        with pytest.raises(DataError, match="was begun with other settings or sources; finish that one, or run"):
+            prepare(changed, **more)
+    said = []
+    assert prepare(changed, say=said.append).splits["train"]["seq_len"] == 128
+    assert any("an interrupted preparation of other settings is begun anew" in line for line in said)
+
+
+def test_two_preparations_into_one_folder(tmp_path, tokenizer_folder):
+    config = config_of(pairs(tmp_path / "a.jsonl", range(9)), tmp_path / "out", tokenizer_folder)
+    with hold(tmp_path / ".out.lock"):
+        for more in ({}, {"task": Task(0, 2)}):
+            with pytest.raises(
+                DataError, match=r"out is being prepared by process \d+ on .*; wait for it, stop it, or"
+            ):
+                prepare(config, **more)
+    prepare(config, task=Task(0, 2))
+    with hold(tmp_path / ".out.partial" / "task-1-of-2.lock"), pytest.raises(DataError, match="is being prepared by"):
+        prepare(config, task=Task(1, 2))
+    assert prepare(config).funnel["train"] == 9
+
+
+def killed(config, after):
+    """Prepare in a process of its own that dies by SIGKILL once so many slices are done."""
+
+    def die(stage, done, total, tokens):
+        if (stage, done) == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = multiprocessing.get_context("fork").Process(target=prepare, args=(config,), kwargs={"progress": die})
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("after", [("slices", 1), ("slices", 4), ("write train", 1), ("write train", 2)])
+def test_a_killed_preparation_goes_on_and_makes_the_same_bytes(tmp_path, tokenizer_folder, small_slices, after):
+    path = pairs(tmp_path / "a.jsonl", [*range(60), 3, 4])
+    more = {"validation_fraction": 0.2, "rows_per_shard": 4}
+    whole, all_slices = config_of(path, tmp_path / "whole", tokenizer_folder, **more), []
+    prepare(whole, progress=lambda stage, done, total, _: all_slices.append(total) if stage == "slices" else None)
+    config = whole.model_copy(update={"out": str(tmp_path / "out")})
+    killed(config, after)
+    done = {folder: folder.stat().st_ctime_ns for folder in (tmp_path / ".out.partial" / "slices").glob("[0-9]*")}
+    assert len(done) >= after[1]
+    said, seen = [], []
+    prepare(config, say=said.append, progress=lambda *args: seen.append(args))
+    assert f"going on with an interrupted preparation: {len(done)} slices are done" in said
+    plan = [len(done) + args[2] for args in seen if args[:2] == ("slices", 1)]
+    assert plan == ([all_slices[0]] if len(done) < all_slices[0] else [])
+    assert content(tmp_path / "whole") == content(tmp_path / "out")
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_a_worker_that_is_killed_is_told(tmp_path, tokenizer_folder, small_slices, monkeypatch):
+    path = pairs(tmp_path / "a.jsonl", range(40))
+    config = config_of(path, tmp_path / "out", tokenizer_folder)
+
+    def dies(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    message = r"a worker process was killed \(out of memory\?\); run it again, it goes on where"
+    with monkeypatch.context() as patch:
+        patch.setattr("sft_dist.data.build.work", dies)
+        with pytest.raises(DataError, match=message):
+            prepare(config, workers=2)
+    assert prepare(config, workers=2).funnel["train"] == 40
+
+
+def test_a_source_that_changes_while_it_is_read(tmp_path, tokenizer_folder, small_slices):
+    path = pairs(tmp_path / "a.jsonl", range(40))
+
+    def write(stage, done, total, tokens):
+        if (stage, done) == ("slices", 2):
+            with path.open("a") as file:
+                file.write("\n")
+
+    config = config_of(path, tmp_path / "out", tokenizer_folder)
+    with pytest.raises(DataError, match=r"a\.jsonl: changed while it was read; run it again when nothing writes to it"):
+        prepare(config, progress=write)
+    assert not (tmp_path / "out").exists()
+    assert prepare(config).funnel["train"] == 40
+
+
+def test_a_disk_that_fills_says_so_and_the_next_run_goes_on(tmp_path, tokenizer_folder, small_slices, monkeypatch):
+    path = pairs(tmp_path / "a.jsonl", range(40))
+    config = config_of(path, tmp_path / "out", tokenizer_folder)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    message = "No space left on device; make room; what is done is kept, and the next run"
+    with monkeypatch.context() as patch:
+        patch.setattr("sft_dist.data.merge.shards.write_shard", full)
+        with pytest.raises(DataError, match=message):
+            prepare(config)
+    said = []
+    prepare(config, say=said.append)
+    assert any("going on with an interrupted preparation" in line for line in said)
+
+
+def test_concat_is_for_plain_text(tmp_path, tokenizer_folder):
+    path = pairs(tmp_path / "a.jsonl", range(9))
+    with pytest.raises(ConfigError, match="concat cuts documents anywhere, which is for plain text only"):
+        prepare(config_of(path, tmp_path / "out", tokenizer_folder, packing="concat"))
+    text = tmp_path / "a.txt"
+    text.write_text("\n\n".join(" ".join(map(sentence, range(at, at + 9))) for at in range(0, 90, 9)) + "\n")
+    config = config_of(text, tmp_path / "text", tokenizer_folder, schema="text", packing="concat")
+    report = prepare(config)
+    whole = prepare(config.model_copy(update={"packing": "best_fit", "out": str(tmp_path / "fit")}))
+    assert report.splits["train"]["targets"] == whole.splits["train"]["targets"]
+    assert report.splits["train"]["rows"] <= whole.splits["train"]["rows"]
+    one_each = prepare(config.model_copy(update={"packing": "none", "out": str(tmp_path / "none")}))
+    assert one_each.splits["train"]["rows"] == one_each.splits["train"]["documents"]
+
+
+def test_an_empty_source_is_refused(tmp_path, tokenizer_folder):
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(DataError, match=r"a\.jsonl: empty; name files with records in them"):
+        prepare(config_of(tmp_path / "a.jsonl", tmp_path / "out", tokenizer_folder))
+
+
+def test_the_schema_is_found_and_said(tmp_path, tokenizer_folder):
+    path = pairs(tmp_path / "a.jsonl", range(9))
+    config = config_of(path, tmp_path / "out", tokenizer_folder)
+    said = []
+    report = prepare(config.model_copy(update={"sources": [SourceConfig(path=str(path))]}), say=said.append)
+    assert report.funnel["train"] == 9
+    assert any("schema prompt_response" in line for line in said)
+
+
+def test_token_files_are_sources(tmp_path, tokenizer_folder):
+    tokenizer = Tokenizer.load(str(tokenizer_folder))
+    documents = [[*tokenizer.encode(sentence(n)), tokenizer.eos_id] for n in range(30)]
+    path = tmp_path / "train.bin"
+    np.concatenate([np.array(d, np.uint16) for d in documents]).tofile(path)
+    config = config_of(path, tmp_path / "out", tokenizer_folder, validation_fraction=0.2)
+    source = SourceConfig(path=str(path), format="nanogpt")
+    config = config.model_copy(update={"sources": [source]})
+    report = prepare(config.model_copy(update={"curate": CurateConfig(near_duplicates=0.5)}))
+    assert report.funnel["train"] + report.funnel["validation"] == 30
+    assert (tmp_path / "out" / "validation.jsonl").read_text() == ""
+    assert report.splits["train"]["tokens"] + report.splits["validation"]["tokens"] == sum(map(len, documents))
+    np.array([tokenizer.vocab_size], np.uint16).tofile(path)
+    np.array([5, tokenizer.vocab_size, tokenizer.eos_id], np.uint16).tofile(path)
+    with pytest.raises(
+        DataError, match="is outside the vocabulary of 350; these tokens were made with another tokenizer"
+    ):
+        prepare(config, fresh=True)
+
+
+def test_the_wrong_schema_is_told_before_much_is_read(tmp_path, tokenizer_folder):
+    path = pairs(tmp_path / "a.jsonl", range(1500))
+    with pytest.raises(
+        DataError, match=r"none of the first 1,000 records can be read \(.*a\.jsonl:1: missing_key: no 'text'"
+    ):
+        prepare(config_of(path, tmp_path / "out", tokenizer_folder, schema="text"))

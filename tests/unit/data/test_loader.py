@@ -1,11 +1,14 @@
+import time
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_dist.data.loader import Loader
-from sft_dist.data.shards import Shards, write
+from sft_dist.data import loader as loader_module
+from sft_dist.data.loader import Loader, widen
+from sft_dist.data.shards import Manifest, Shards, write
 from sft_dist.topology import Topology
 from tests.unit.data.test_shards import ABOUT, documents
 
@@ -70,3 +73,65 @@ def test_a_micro_batch_says_which_row_of_the_stream_it_begins_with(shards):
     )
     assert [mb.first_ordinal for step in steps for mb in step.micro_batches] == [10, 14, 18, 22]
     assert all(mb.tokens.dtype == torch.int64 for step in steps for mb in step.micro_batches)
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=5),
+    st.integers(18, 33),
+    st.sampled_from([50, 1 << 16, 70_000]),
+)
+@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def test_widened_by_torch_is_widened_by_numpy(tmp_path_factory, device, lengths, seq_len, vocab_size):
+    folder = tmp_path_factory.mktemp("widen") / "train"
+    rows = [documents(row, vocab_size, seed) for seed, row in enumerate(lengths)]
+    write(folder, rows, seq_len=seq_len, rows_per_shard=2, vocab_size=vocab_size, **ABOUT)
+    shards, numbers = Shards.open(folder), np.arange(len(rows))[::-1]
+    theirs = shards.rows(numbers)
+    ours = widen(shards.stored(numbers), seq_len, torch.device(device))
+    for part, name in zip(ours, ("tokens", "targets", "positions", "documents"), strict=True):
+        expected = torch.from_numpy(getattr(theirs, name))
+        assert part.dtype == expected.dtype
+        assert torch.equal(part.cpu(), expected), name
+
+
+@pytest.mark.parametrize(("read_rows", "plan_rows"), [(1, 1), (3, 10), (1024, 16_384)])
+def test_how_much_is_read_and_planned_at_a_time_changes_nothing(shards, monkeypatch, read_rows, plan_rows):
+    def micro_batches():
+        loader = Loader(shards, Topology(1, 2, 1), seed=3, micro_batch_rows=2)
+        return [mb for step in loader.steps(start=5, end=70, global_batch_rows=9) for mb in step.micro_batches]
+
+    expected = micro_batches()
+    monkeypatch.setattr(loader_module, "_READ_ROWS", read_rows)
+    monkeypatch.setattr(loader_module, "_PLAN_ROWS", plan_rows)
+    for ours, theirs in zip(micro_batches(), expected, strict=True):
+        assert (ours.first_ordinal, ours.rows.tolist()) == (theirs.first_ordinal, theirs.rows.tolist())
+        for name in ("tokens", "targets", "positions", "documents"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_a_billion_rows_cost_no_memory_and_no_time_to_resume(tmp_path):
+    rows, seq_len = 10**9, 8
+    for kind, width in (("tokens", 16), ("targets", 1), ("starts", 1), ("lengths", 4)):
+        with (tmp_path / f"00000.{kind}").open("wb") as file:
+            file.truncate(rows * width)  # sparse
+    counts = {"documents": rows, "tokens": rows, "targets": rows}
+    about = {"dtype": "<u2", "vocab_size": 50, "eos_id": 0, "pad_id": 1, "tokenizer": "t", "template": "p"}
+    shards = Shards(tmp_path, Manifest(seq_len=seq_len, rows=rows, rows_per_shard=rows, **counts, **about))
+    loader = Loader(shards, Topology(), seed=0, micro_batch_rows=8)
+    before = resident_bytes()
+    seconds = []
+    for start in 2 * (0, 10**9 - 4, 123 * 10**9 + 7):  # the second time from the page cache
+        began = time.perf_counter()
+        step = next(loader.steps(start=start, end=start + 64, global_batch_rows=8))
+        seconds.append(time.perf_counter() - began)
+        (batch,) = step.micro_batches
+        assert len(set(batch.rows.tolist())) == 8
+        assert 0 <= batch.rows.min() <= batch.rows.max() < rows
+    assert resident_bytes() - before < 50 * 2**20
+    assert min(seconds[3:]) < 0.05  # generous: the machine may be busy; benchmarks/loader.py measures it
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_dist.data.order import row_numbers
+from sft_dist.data.order import Blocks, row_numbers
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**32), st.integers(0, 5))
@@ -41,3 +41,39 @@ def test_tiny_sets_are_not_biased():
     chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
     assert len(counts) == 24
     assert chi_square < 50  # 23 degrees of freedom: 49.7 is p = 0.001
+
+
+def test_the_order_of_a_seed_never_changes():
+    assert row_numbers(np.arange(10), 1000, 7).tolist() == [345, 132, 961, 910, 39, 600, 227, 370, 56, 69]
+    assert row_numbers(np.arange(10), 1000, 7, blocks=Blocks(8, 4)).tolist() == [
+        295,
+        696,
+        702,
+        293,
+        619,
+        348,
+        350,
+        345,
+        700,
+        291,
+    ]
+
+
+@given(st.integers(1, 1500), st.integers(1, 70), st.integers(1, 20), st.integers(0, 3))
+@settings(max_examples=80, deadline=None)
+def test_by_blocks_every_epoch_is_a_permutation(num_rows, block_rows, window_blocks, epoch):
+    blocks = Blocks(block_rows, window_blocks)
+    ordinals = np.arange(num_rows) + epoch * num_rows
+    rows = row_numbers(ordinals, num_rows, 5, blocks=blocks)
+    assert sorted(rows.tolist()) == list(range(num_rows))
+    some = ordinals[::7]
+    assert row_numbers(some, num_rows, 5, blocks=blocks).tolist() == rows[::7].tolist()
+
+
+def test_a_window_reads_from_few_blocks_and_mixes_them():
+    rows = row_numbers(np.arange(64 * 16 * 10), 64 * 16 * 10, 0, blocks=Blocks(64, 16)).reshape(10, -1)
+    for window in rows // 64:
+        assert len(set(window.tolist())) == 16
+        assert len(set(window[:64].tolist())) > 12
+    assert (np.diff(np.sort(rows[0]) // 64) > 1).any(), "the blocks of a window are not neighbours"
+    assert (rows[0] % 64 != rows[1] % 64).mean() > 0.9, "each window has a key of its own"

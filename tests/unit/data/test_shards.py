@@ -59,6 +59,40 @@ def test_rows_come_in_the_order_asked_for_across_shards(tmp_path):
     assert (forward.tokens[::-1] == backward.tokens).all()
 
 
+def test_stored_rows_are_the_bytes_of_the_files_in_the_order_asked_for(tmp_path):
+    folder = tmp_path / "train"
+    write(
+        folder, [documents([n % 7 + 2], seed=n) for n in range(20)], seq_len=9, rows_per_shard=6, vocab_size=50, **ABOUT
+    )
+    shards = Shards.open(folder)
+    numbers = np.array([7, 19, 0, 7, 18, 3, 12, 5])
+    stored = shards.stored(numbers)
+    assert (stored.tokens.dtype, stored.lengths.dtype) == (np.dtype("<u2"), np.dtype("<u4"))
+    for kind, width in (("tokens", 9), ("targets", 2), ("starts", 2), ("lengths", 1)):
+        parts = [np.fromfile(folder / f"{n:05d}.{kind}", getattr(stored, kind).dtype) for n in range(4)]
+        every = np.concatenate(parts).reshape(20, width)
+        assert (getattr(stored, kind).reshape(-1, width) == every[numbers]).all()
+    assert (stored.take(slice(1, 3)).tokens == stored.tokens[1:3]).all()
+    assert [shards.count(numbers[n : n + 1]) for n in range(8)] == list(
+        zip(*map(list, shards.counts(numbers)), strict=True)
+    )
+    assert len(shards.stored(numbers[:0]).tokens) == 0
+
+
+def test_a_row_that_does_not_exist_is_refused(tmp_path):
+    shards = Shards.open(made(tmp_path))
+    for number in (-1, 2):
+        with pytest.raises(IndexError, match=rf"rows {number} to {number} of 2 in "):
+            shards.stored(np.array([number]))
+
+
+def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("sft_dist.data.shards._MAX_MAPS", 3)
+    shards = Shards.open(made(tmp_path))
+    assert (shards.rows(np.array([0, 1])).tokens == shards.rows(np.array([1, 0])).tokens[::-1]).all()
+    assert len(shards._maps) <= 3
+
+
 def test_numpy_reads_the_files_with_no_parsing(tmp_path):
     folder = made(tmp_path)
     tokens = np.memmap(folder / "00001.tokens", dtype="<u2", mode="r").reshape(-1, 8)
