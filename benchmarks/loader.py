@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from sft_dist.data.loader import Loader, widen
-from sft_dist.data.shards import Manifest, Shards
+from sft_dist.data.shards import Manifest, Shards, row_dtype
 from sft_dist.topology import Topology
 
 SEQ_LEN, MICRO_ROWS, GLOBAL_ROWS, ROWS_PER_SHARD = 1024, 64, 1024, 65_536
@@ -63,10 +63,11 @@ def make(folder: Path, rows: int) -> Shards:
         tokens = draw.integers(0, 50_257, (count, SEQ_LEN), dtype=np.uint16)
         with (folder / "raw").open("ab") as raw:
             tokens.tofile(raw)
-        tokens.tofile(folder / f"{number:05d}.tokens")
+        records = np.zeros(count, row_dtype(SEQ_LEN, "<u2"))
+        records["tokens"], records["length"], records["num_targets"] = tokens, SEQ_LEN, 1
         for kind in ("targets", "starts"):
-            draw.integers(0, 256, (count, SEQ_LEN // 8), dtype=np.uint8).tofile(folder / f"{number:05d}.{kind}")
-        np.full(count, SEQ_LEN, "<u4").tofile(folder / f"{number:05d}.lengths")
+            records[kind] = draw.integers(0, 256, (count, SEQ_LEN // 8), dtype=np.uint8)
+        records.tofile(folder / f"{number:05d}.rows")
     os.link(folder / "raw", folder / "megatron.bin")
     write_index(folder / "megatron.idx", np.full(rows, SEQ_LEN, np.int32))
     counts = {"documents": rows, "tokens": rows * SEQ_LEN, "targets": rows}
@@ -196,9 +197,8 @@ def billion(folder: Path) -> dict[str, float]:
     """Resident memory, and the time to the first micro-batch of a resumed run, over a billion rows in sparse files."""
     rows, seq_len, where = 10**9, 16, folder / "billion"
     where.mkdir()
-    for kind, width in (("tokens", 2 * seq_len), ("targets", 2), ("starts", 2), ("lengths", 4)):
-        with (where / f"00000.{kind}").open("wb") as file:
-            file.truncate(rows * width)
+    with (where / "00000.rows").open("wb") as file:
+        file.truncate(rows * row_dtype(seq_len, "<u2").itemsize)
     counts = {"documents": rows, "tokens": rows, "targets": rows}
     shards = Shards(where, Manifest(seq_len=seq_len, rows=rows, rows_per_shard=rows, **counts, **ABOUT))
     before, anonymous = resident(), []

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,14 +56,14 @@ class Usage:
     cpu_seconds: float
     wall_seconds: float
     peak_mib: float  # most of the sum of proportional set sizes
-    largest_mib: float  # most resident memory of one process
+    largest_mib: float  # most resident memory of one process, as Linux counted it
     output: str
 
 
 def measured(command: list[str], folder: Path, environment: dict[str, str] | None = None) -> Usage:
     """Run a command in a session of its own; its output is kept in `folder`. Raises CalledProcessError."""
     done = threading.Event()
-    peak = [0.0]
+    peak = [0.0, 0.0]
     with (folder / "output.txt").open("w+") as file:
         began = time.perf_counter()
         process = subprocess.Popen(
@@ -74,7 +76,13 @@ def measured(command: list[str], folder: Path, environment: dict[str, str] | Non
         )
         sampler = threading.Thread(target=_sample, args=(process.pid, done, peak))
         sampler.start()
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # Ctrl-C, or SIGTERM as `end_on_sigterm` turns it into one
+            process.terminate()  # a launcher passes it on to the workers, which have sessions of their own
+            process.wait(60)
+            done.set()
+            raise
         wall = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
         done.set()
@@ -84,12 +92,19 @@ def measured(command: list[str], folder: Path, environment: dict[str, str] | Non
     if process.returncode:
         print(output, file=sys.stderr)
         raise subprocess.CalledProcessError(process.returncode, command)
-    return Usage(usage.ru_utime + usage.ru_stime, wall, peak[0], usage.ru_maxrss / 1024, output)
+    return Usage(usage.ru_utime + usage.ru_stime, wall, peak[0], peak[1], output)
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM unwind this program, so that what it measures ends with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def _sample(session: int, done: threading.Event, peak: list[float]) -> None:
     while not done.wait(0.05):
-        peak[0] = max(peak[0], sum(map(_pss_mib, _members(session))))
+        members = _members(session)
+        peak[0] = max(peak[0], sum(_mib(process / "smaps_rollup", "Pss:") for process in members))
+        peak[1] = max(peak[1], *(_mib(process / "status", "VmHWM:") for process in members), 0.0)
 
 
 def _members(session: int) -> list[Path]:
@@ -105,17 +120,25 @@ def _members(session: int) -> list[Path]:
     return members
 
 
-def _pss_mib(process: Path) -> float:
-    """Resident memory of a process, pages shared with others in equal parts."""
+def _mib(file: Path, field: str) -> float:
+    """A field of a file of /proc; 0 when the process has ended. `ru_maxrss` would count what the parent held at the fork."""
     try:
-        lines = (process / "smaps_rollup").read_text().splitlines()
+        lines = file.read_text().splitlines()
     except OSError:
         return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:")), 0.0)
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(field)), 0.0)
 
 
 def disk_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def shards_digest(folder: Path) -> str:
+    """Digest of the tokens and targets of all shards."""
+    digest = blake2b(digest_size=16)
+    for path in sorted([*folder.glob("*.tokens"), *folder.glob("*.targets")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 # ---- tools ----
@@ -148,6 +171,7 @@ def ours(pairs: Path, workers: int, folder: Path) -> dict[str, Any]:
     return {
         **_taken(usage, out / "train"),
         **counts,
+        "blake2b": shards_digest(out / "train"),
         "drops": about["funnel"]["drops"],
         "long": about["funnel"]["long"],
     }
@@ -267,6 +291,8 @@ def judged(tool: str, note: str, runs: list[dict[str, Any]], whole: Reference | 
     result["tokens_per_cpu_second"] = first["tokens"] / result["cpu_seconds"]
     if whole is not None:
         result |= _lost(first, whole)
+        kept = whole.about()["tokens"] - result["lost_tokens"]  # what is shown twice is not work done
+        result["tokens_per_cpu_second"] = kept / result["cpu_seconds"]
     return result
 
 
@@ -297,6 +323,7 @@ def compare(pairs: Path, peers: str | None, repeats: int, scratch: Path) -> tupl
                 made.append(ours(pairs, tools[name], place) if name in tools else peer(name, pairs, peers, place))
     whole = reference(pairs)
     texts = {**{name: (name, OURS_NOTE) for name in tools}, **PEERS}
+    _check_equal([run for name in tools for run in runs[name]])
     return [judged(*texts[name], made, whole) for name, made in runs.items()], whole
 
 
@@ -307,7 +334,14 @@ def scaled(pairs: Path, scratch: Path) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             name = f"sft-dist, {workers} worker{'s' * (workers > 1)}"
             results.append(judged(name, OURS_NOTE, [ours(pairs, workers, Path(folder))], None))
+    _check_equal(results)
     return results
+
+
+def _check_equal(runs: list[dict[str, Any]]) -> None:
+    """What is made must not depend on the run or the number of workers: no speed makes up for that."""
+    made = {run["blake2b"] for run in runs}
+    assert len(made) == 1, f"preparations of one file differ: {[(run['rows'], run['tokens']) for run in runs]}"
 
 
 def show(console: Console, title: str, results: list[dict[str, Any]], caption: str | None) -> None:
@@ -315,6 +349,7 @@ def show(console: Console, title: str, results: list[dict[str, Any]], caption: s
     columns = (
         "tool",
         "tokens",
+        "twice",
         "lost",
         "of answers",
         "fill %",
@@ -331,6 +366,7 @@ def show(console: Console, title: str, results: list[dict[str, Any]], caption: s
         table.add_row(
             result["tool"],
             f"{result['tokens']:,}",
+            f"{result['repeated_tokens']:,}" if "repeated_tokens" in result else "",
             f"{result['lost_tokens']:,}" if "lost_tokens" in result else "",
             f"{result['lost_targets']:,}" if "lost_targets" in result else "",
             f"{100 * result['fill']:.2f}",
@@ -370,6 +406,7 @@ def corpus(given: Path | None, made: Path, pairs: int, wikitext: Path | None) ->
 
 def main() -> None:
     given = arguments()
+    end_on_sigterm()
     console = Console(width=None if sys.stdout.isatty() else 200)
     left_out = None if given.peers else "datasets and TRL were left out: --peers names no Python that has them."
     report: dict[str, Any] = {"machine": machine(), "versions": versions(), "seq_len": SEQ_LEN}
@@ -387,7 +424,7 @@ def main() -> None:
             large = corpus(given.scale_pairs, scratch / "many.jsonl", 150_000, given.wikitext)
             results = scaled(large.path, scratch)
             report["scale"] = {"corpus": large.about(), "results": results}
-            show(console, f"{large.pairs:,} pairs", results, None)
+            show(console, f"{large.pairs:,} pairs", results, "Tokens: those of the rows, repeated context included.")
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")

@@ -179,12 +179,11 @@ def evaluator(plan: Plan, comms: Comms) -> Evaluator:
         Loader(Joined(sets), plan.topology, micro_batch_rows=micro, shuffle=False, device=device) if sets else None
     )
     records = read_conversations(plan.shards_dir / "validation.jsonl")
-    name = (
-        "tokenizer" if plan.template.endswith(".jinja") else plan.template
-    )  # such a file is the tokenizer's own by now
+    is_file = plan.template.endswith(".jinja")  # it has become the tokenizer's own
+    template = template_for("tokenizer" if is_file else plan.template, tokenizer)
     evaluate = plan.config.evaluate
     sampling = Sampling(
-        prompts(records, template_for(name, tokenizer), tokenizer, evaluate.samples),
+        prompts(records, template, tokenizer, evaluate.samples),
         decode=tokenizer.decode,
         end_ids=tokenizer.end_ids,
         context=plan.shards.seq_len,

@@ -16,12 +16,11 @@ import torch
 
 from sft_dist.data.mixture import Joined
 from sft_dist.data.order import row_numbers
-from sft_dist.data.shards import Shards, StoredRows
+from sft_dist.data.shards import Shards, StoredRows, row_dtype
 from sft_dist.topology import Topology
 
-_READ_ROWS = (
-    1024  # read in one go: enough that a shard's rows are gathered together, few enough for a processor's cache
-)
+# Read in one go: enough that a shard's rows are gathered together, few enough for a processor's cache.
+_READ_ROWS, _READ_TOKENS = 1024, 1 << 22
 _PLAN_ROWS = 16_384  # of which the order is computed in one go
 _CPU = torch.device("cpu")
 
@@ -138,7 +137,8 @@ class Loader:
 
     def read(self, blocks: list[Block]) -> Iterator[tuple[Block, StoredRows]]:
         """The rows of each block, read many blocks at a time in ascending order of the rows and handed out in theirs."""
-        count = max(1, _READ_ROWS // self.micro_batch_rows)
+        rows = min(_READ_ROWS, _READ_TOKENS // self.shards.seq_len)
+        count = max(1, rows // self.micro_batch_rows)
         for at in range(0, len(blocks), count):
             together = blocks[at : at + count]
             rows = np.concatenate([block.rows for block in together])
@@ -164,9 +164,9 @@ class Loader:
 
     def _nothing(self) -> StoredRows:
         manifest = self.shards.manifest
-        bits = np.zeros((1, -(-manifest.seq_len // 8)), np.uint8)
-        tokens = np.full((1, manifest.seq_len), manifest.pad_id, manifest.dtype)
-        return StoredRows(tokens, bits, bits.copy(), np.zeros(1, "<u4"))
+        record = np.zeros(1, row_dtype(manifest.seq_len, manifest.dtype))
+        record["tokens"] = manifest.pad_id
+        return StoredRows(record)
 
 
 def widen(
@@ -176,16 +176,24 @@ def widen(
 
     Positions restart at each document; the padding has positions of its own, so that it is isolated too, and document -1.
 
-    >>> bits = lambda text: np.packbits(np.array([[int(bit) for bit in text]]), axis=1)
-    >>> stored = StoredRows(np.array([[5, 6, 7, 1]], "u2"), bits("0110"), bits("1010"), np.array([3], "u4"))
-    >>> [part.tolist() for part in widen(stored, 4)[2:]]
+    >>> record = np.zeros(1, row_dtype(4, "<u2"))
+    >>> record["tokens"], record["length"], record["starts"] = [5, 6, 7, 1], 3, 0b1010_0000
+    >>> [part.tolist() for part in widen(StoredRows(record), 4)[2:]]
     [[[0, 1, 0, 0]], [[0, 0, 1, -1]]]
     """
-    signed = stored.tokens.view(f"i{stored.tokens.itemsize}")  # torch computes with few unsigned types
-    mask = (1 << 8 * stored.tokens.itemsize) - 1
-    tokens = torch.from_numpy(signed).to(device).long().bitwise_and_(mask)
-    targets, starts = (_bits(bits, seq_len, device) for bits in (stored.targets, stored.starts))
-    lengths = torch.from_numpy(stored.lengths.view("i4")).to(device)[:, None]
+    dtype = stored.records.dtype
+    blob = np.ascontiguousarray(stored.records).view(np.uint8).reshape(-1, dtype.itemsize)
+    blob = torch.from_numpy(blob).to(device)  # all fields of all rows in one copy
+
+    def field(name: str) -> torch.Tensor:
+        inner, begin = dtype.fields[name][:2]
+        return blob[:, begin : begin + inner.itemsize]
+
+    width = dtype["tokens"].base.itemsize
+    signed = field("tokens").view({2: torch.int16, 4: torch.int32}[width])  # torch computes with few unsigned types
+    tokens = signed.long().bitwise_and_((1 << 8 * width) - 1)
+    targets, starts = (_bits(field(name), seq_len) for name in ("targets", "starts"))
+    lengths = field("length").view(torch.int32)
     places = torch.arange(seq_len, device=device)
     begins = starts | (places == lengths)  # the padding counts as a document of its own
     positions = places - torch.where(begins, places, 0).cummax(dim=1).values
@@ -193,8 +201,8 @@ def widen(
     return tokens, targets, positions, documents.masked_fill_(places >= lengths, -1)
 
 
-def _bits(packed: np.ndarray, seq_len: int, device: torch.device) -> torch.Tensor:
+def _bits(packed: torch.Tensor, seq_len: int) -> torch.Tensor:
     """Unpack bits, big end first: uint8 [rows, ceil(seq_len / 8)] to bool [rows, seq_len]."""
-    places = torch.tensor([1 << bit for bit in range(7, -1, -1)], dtype=torch.uint8).to(device, non_blocking=True)
-    spread = torch.from_numpy(packed).to(device)[:, :, None] & places
+    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    spread = packed[:, :, None] >> places & 1
     return spread.flatten(1)[:, :seq_len].bool()

@@ -50,8 +50,7 @@ class Joined:
         if len(parts) == 1:
             return parts[0][1]
         order = np.concatenate([chosen for chosen, _ in parts])
-        kinds = ((getattr(part, name) for _, part in parts) for name in StoredRows.__slots__)
-        together = StoredRows(*(np.concatenate(list(arrays)) for arrays in kinds))
+        together = StoredRows(np.concatenate([part.records for _, part in parts]))
         # ascending numbers, the fast case, need no second copy
         return together if (order[1:] > order[:-1]).all() else together.take(np.argsort(order))
 

@@ -1,18 +1,18 @@
 """Which bytes are in a shard: packed rows that `np.memmap` reads with no parsing.
 
-A folder is one split. Shard i is four flat files, rows first:
+A folder is one split. `00000.rows` and its successors are flat arrays of records, one a row, so that a row is one read:
 
-    00000.tokens    uint16 or uint32 [rows, seq_len]
-    00000.targets   bits [rows, ceil(seq_len / 8)], big end first: the token carries loss
-    00000.starts    bits, the same shape: a document starts here
-    00000.lengths   uint32 [rows]: tokens before the padding
+    length        uint32: tokens before the padding
+    num_targets   uint32: tokens that carry loss
+    tokens        uint16 or uint32 [seq_len]
+    targets       bits [ceil(seq_len / 8)], big end first: the token carries loss
+    starts        bits, the same shape: a document starts here
 
-`manifest.json` is written last and says what they hold, with every file's size and digest.
+`manifest.json` is written last and says what they hold, with every file's size and digest. `row_dtype` is the record.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -27,8 +27,7 @@ from sft_dist.data.records import Document
 from sft_dist.errors import DataError
 from sft_dist.files import describe, digest_of, sync
 
-FORMAT_VERSION = 1
-KINDS = ("tokens", "targets", "starts", "lengths")
+FORMAT_VERSION = 2
 _BLOCK_ROWS = 512
 
 
@@ -63,26 +62,50 @@ class Manifest:
         return self.tokens / (self.rows * self.seq_len)
 
 
+def row_dtype(seq_len: int, token_dtype: np.dtype | str) -> np.dtype:
+    """The record of a row; its size is a multiple of 4 bytes, so that every field of every row is aligned.
+
+    >>> row_dtype(1024, "<u2").itemsize / 1024
+    2.2578125
+    """
+    bits = -(-seq_len // 8)
+    size = 8 + seq_len * np.dtype(token_dtype).itemsize + 2 * bits
+    fields = [("length", "<u4"), ("num_targets", "<u4"), ("tokens", token_dtype, (seq_len,))]
+    return np.dtype([*fields, ("targets", "u1", (bits,)), ("starts", "u1", (bits,)), ("padding", f"V{-size % 4}")])
+
+
 @dataclass(frozen=True, slots=True)
 class StoredRows:
-    """Rows as they lie in the files; the bits are big end first.
+    """Rows as they lie in the files: `records` [rows] of `row_dtype`; the others are views of its fields."""
 
-    >>> stored = StoredRows(*(np.array([[1], [2]], "u1") for _ in range(3)), lengths=np.array([1, 1], "u4"))
-    >>> stored.take(np.array([1, 0])).tokens.tolist()
-    [[2], [1]]
-    """
+    records: np.ndarray
 
-    tokens: np.ndarray  # uint16 or uint32 [rows, seq_len]
-    targets: np.ndarray  # uint8 [rows, ceil(seq_len / 8)]
-    starts: np.ndarray  # uint8 [rows, ceil(seq_len / 8)]
-    lengths: np.ndarray  # uint32 [rows]
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens before the padding, uint32 [rows]."""
+        return self.records["length"]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """uint16 or uint32 [rows, seq_len]."""
+        return self.records["tokens"]
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Bits, big end first: uint8 [rows, ceil(seq_len / 8)]."""
+        return self.records["targets"]
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Bits, big end first: uint8 [rows, ceil(seq_len / 8)]."""
+        return self.records["starts"]
 
     def take(self, places: np.ndarray | slice) -> StoredRows:
         """The rows at these places: views of a slice, copies of an int64 array."""
         if isinstance(places, slice):
-            return StoredRows(self.tokens[places], self.targets[places], self.starts[places], self.lengths[places])
+            return StoredRows(self.records[places])
         # mode="clip" because "raise" goes through a buffer; the places are ours
-        return StoredRows(*(getattr(self, kind).take(places, axis=0, mode="clip") for kind in KINDS))
+        return StoredRows(self.records.take(places, mode="clip"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,29 +170,22 @@ def write_shard(
 
     Raises DataError for an id outside the vocabulary.
     """
-    totals = {"rows": 0, "documents": 0, "tokens": 0, "targets": 0}
-    paths = [folder / f"{number:05d}.{kind}" for kind in KINDS]
-    digests = [hashlib.blake2b(digest_size=16) for _ in KINDS]
+    rows_of, documents, tokens, targets = 0, 0, 0, 0
+    path, digest = folder / f"{number:05d}.rows", hashlib.blake2b(digest_size=16)
     iterator = iter(rows)
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(path.open("wb")) for path in paths]
+    with path.open("wb") as file:
         while block := list(itertools.islice(iterator, _BLOCK_ROWS)):
-            arrays = _arrays(block, seq_len, token_dtype(vocab_size), pad_id)
-            if int(arrays["tokens"].max()) >= vocab_size:
-                _refuse_ids(block, vocab_size)
-            totals["rows"] += len(block)
-            totals["documents"] += sum(len(row) for row in block)
-            totals["tokens"] += int(arrays["lengths"].sum())
-            totals["targets"] += int(np.bitwise_count(arrays["targets"]).sum())
-            for file, digest, kind in zip(files, digests, KINDS, strict=True):
-                content = arrays[kind].tobytes()
-                file.write(content)
-                digest.update(content)
-    entries = {}
-    for path, digest in zip(paths, digests, strict=True):
-        sync(path)
-        entries[path.name] = {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
-    return ShardAbout(files=entries, **totals)
+            records = _records(block, seq_len, vocab_size, pad_id)
+            rows_of += len(block)
+            documents += sum(len(row) for row in block)
+            tokens += int(records["length"].sum())
+            targets += int(records["num_targets"].sum())
+            content = records.tobytes()
+            file.write(content)
+            digest.update(content)
+    sync(path)
+    entry = {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
+    return ShardAbout(rows_of, documents, tokens, targets, {path.name: entry})
 
 
 def write_manifest(
@@ -196,10 +212,10 @@ def write_manifest(
     return manifest
 
 
-def _arrays(rows: Sequence[Sequence[Document]], seq_len: int, dtype: np.dtype, pad_id: int) -> dict[str, np.ndarray]:
+def _records(rows: Sequence[Sequence[Document]], seq_len: int, vocab_size: int, pad_id: int) -> np.ndarray:
     tokens = np.full((len(rows), seq_len), pad_id, np.uint32)
     flags = np.zeros((2, len(rows), seq_len), bool)  # targets, starts
-    lengths = np.zeros(len(rows), "<u4")
+    records = np.zeros(len(rows), row_dtype(seq_len, token_dtype(vocab_size)))
     for number, row in enumerate(rows):
         at = 0
         for document in row:
@@ -208,13 +224,13 @@ def _arrays(rows: Sequence[Sequence[Document]], seq_len: int, dtype: np.dtype, p
             flags[0, number, at:end] = document.targets
             flags[1, number, at] = True
             at = end
-        lengths[number] = at
-    return {
-        "tokens": tokens if dtype.itemsize == 4 or tokens.max() > 0xFFFF else tokens.astype(dtype),
-        "targets": np.packbits(flags[0], axis=1),
-        "starts": np.packbits(flags[1], axis=1),
-        "lengths": lengths,
-    }
+        records["length"][number] = at
+    if int(tokens.max()) >= vocab_size:
+        _refuse_ids(rows, vocab_size)
+    records["num_targets"] = flags[0].sum(axis=1)
+    records["tokens"] = tokens
+    records["targets"], records["starts"] = np.packbits(flags[0], axis=1), np.packbits(flags[1], axis=1)
+    return records
 
 
 def _refuse_ids(rows: Sequence[Sequence[Document]], vocab_size: int) -> None:
@@ -237,7 +253,8 @@ class Shards:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
         self.num_rows, self.seq_len = manifest.rows, manifest.seq_len
-        self._maps: dict[tuple[int, str], np.ndarray] = {}
+        self.dtype = row_dtype(manifest.seq_len, manifest.dtype)
+        self._maps: dict[int, np.ndarray] = {}
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = False) -> Shards:
@@ -270,7 +287,11 @@ class Shards:
 
         Raises IndexError for a row that does not exist.
         """
-        return StoredRows(*self._read(numbers, KINDS))
+        numbers, order, parts = self._parts(numbers)
+        out = np.empty(len(numbers), self.dtype)
+        for begin, end, source, places in parts:
+            source.take(places, out=out[begin:end], mode="clip")  # "raise" would use a buffer
+        return StoredRows(out if order is None else out.take(_inverse(order), mode="clip"))
 
     def rows(self, numbers: np.ndarray) -> RowBatch:
         """The same rows for who has no torch: copies, widened in NumPy (the loader widens on the model's device)."""
@@ -290,9 +311,13 @@ class Shards:
         )
 
     def counts(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens without padding, target tokens) of each of these rows, int64 [n], from their bits alone."""
-        lengths, targets = self._read(numbers, ("lengths", "targets"))
-        return lengths.astype(np.int64), _num_bits(targets)
+        """(tokens without padding, target tokens) of each of these rows, int64 [n]."""
+        numbers, order, parts = self._parts(numbers)
+        counts = np.empty((2, len(numbers)), np.int64)
+        for begin, end, source, places in parts:
+            counts[0, begin:end], counts[1, begin:end] = source["length"][places], source["num_targets"][places]
+        counts = counts if order is None else counts[:, _inverse(order)]
+        return counts[0], counts[1]
 
     def count(self, numbers: np.ndarray) -> tuple[int, int]:
         """(tokens without padding, target tokens) of these rows together."""
@@ -301,56 +326,46 @@ class Shards:
 
     def documents_per_row(self) -> np.ndarray:
         """Documents of each row, int64 [rows]."""
-        (starts,) = self._read(np.arange(self.num_rows), ("starts",))
-        return _num_bits(starts)
+        shards = range(-(-self.num_rows // self.manifest.rows_per_shard))
+        return np.concatenate([np.bitwise_count(self._map(n)["starts"]).sum(axis=1, dtype=np.int64) for n in shards])
 
     def _unpacked(self, bits: np.ndarray) -> np.ndarray:
         return np.unpackbits(bits, axis=1, count=self.seq_len).view(bool)
 
-    def _read(self, numbers: np.ndarray, kinds: Sequence[str]) -> list[np.ndarray]:
-        """One gather a shard, in ascending order whatever was asked for: the memory of a shard is walked once."""
+    def _parts(
+        self, numbers: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None, list[tuple[int, int, np.ndarray, np.ndarray]]]:
+        """The numbers ascending, how they were ordered (None: as they are), and (begin, end, records, places) of each shard.
+
+        Read in ascending order whatever was asked for: the memory of a shard is walked once.
+        """
         numbers = np.asarray(numbers, dtype=np.int64)
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self.num_rows:
             raise IndexError(f"rows {numbers.min()} to {numbers.max()} of {self.num_rows} in {self.folder}")
         order = None if (numbers[1:] >= numbers[:-1]).all() else np.argsort(numbers)
-        shards, places = np.divmod(numbers if order is None else numbers[order], self.manifest.rows_per_shard)
-        cuts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(shards)]
-        made = []
-        for kind in kinds:
-            dtype, width = self._layout(kind)
-            out = np.empty((len(numbers), *width), dtype)
-            for begin, end in itertools.pairwise(cuts if len(numbers) else []):
-                source = self._map(int(shards[begin]), kind)
-                source.take(places[begin:end], axis=0, out=out[begin:end], mode="clip")  # "raise" would use a buffer
-            made.append(out)
-        if order is None:
-            return made
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        return [out.take(back, axis=0, mode="clip") for out in made]
+        numbers = numbers if order is None else numbers[order]
+        shards, places = np.divmod(numbers, self.manifest.rows_per_shard)
+        cuts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(shards)] if len(numbers) else []
+        pairs = itertools.pairwise(cuts)
+        return numbers, order, [(a, b, self._map(int(shards[a])), places[a:b]) for a, b in pairs]
 
-    def _layout(self, kind: str) -> tuple[np.dtype, tuple[int, ...]]:
-        bits = np.dtype("u1"), (-(-self.seq_len // 8),)
-        layouts = {"tokens": (np.dtype(self.manifest.dtype), (self.seq_len,)), "lengths": (np.dtype("<u4"), ())}
-        return layouts.get(kind, bits)
-
-    def _map(self, number: int, kind: str) -> np.ndarray:
-        if (number, kind) not in self._maps:
+    def _map(self, number: int) -> np.ndarray:
+        if number not in self._maps:
             while len(self._maps) >= _MAX_MAPS:
                 del self._maps[next(iter(self._maps))]
-            dtype, width = self._layout(kind)
-            flat = np.memmap(self.folder / f"{number:05d}.{kind}", dtype=dtype, mode="r")
-            self._maps[number, kind] = np.asarray(flat).reshape(-1, *width)  # not a memmap: its slices are slow to make
-        return self._maps[number, kind]
+            records = np.memmap(self.folder / f"{number:05d}.rows", dtype=self.dtype, mode="r")
+            self._maps[number] = np.asarray(records)  # not a memmap: its slices are slow to make
+        return self._maps[number]
 
 
 _MAX_MAPS = 16_384  # Linux allows a process 65,530 maps
 
 
-def _num_bits(packed: np.ndarray) -> np.ndarray:
-    """Bits set in each row: uint8 [rows, width] to int64 [rows]."""
-    is_wide = packed.shape[1] % 8 == 0
-    return np.bitwise_count(packed.view(np.uint64) if is_wide else packed).sum(axis=1, dtype=np.int64)
+def _inverse(order: np.ndarray) -> np.ndarray:
+    """Where each one went."""
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
+    return back
 
 
 _REMEDY = "prepare again with `sft-dist prepare RUN.yaml --fresh`"

@@ -101,6 +101,8 @@ class Tokenizer:
     @cached_property
     def _rest(self) -> tokenizers.Tokenizer | None:
         """For text that follows a control token, where the tokenizer marks only the beginning of a whole text with `▁`."""
+        if '"prepend_scheme":"first"' not in self._json:
+            return None
         about = json.loads(self._json)
         steps = about["pre_tokenizer"] or {}
         marks = [step for step in steps.get("pretokenizers", [steps]) if step.get("prepend_scheme") == "first"]
@@ -238,9 +240,13 @@ def _gigatoken(tokenizer_json: str) -> tuple[Callable[[str], np.ndarray] | None,
     """gigatoken's encoder of this tokenizer, or None and why; control tokens are taken out, so that no text spells one."""
     import gigatoken
 
-    about = json.loads(tokenizer_json)
-    about["added_tokens"] = [token for token in about["added_tokens"] if not token["special"]]
-    return _attempt(lambda: gigatoken.Tokenizer.from_json(json.dumps(about)).backend.encode)
+    begin = tokenizer_json.index('"added_tokens":') + len(
+        '"added_tokens":'
+    )  # the rest, megabytes of it, stays as it is
+    added, end = json.JSONDecoder().raw_decode(tokenizer_json, begin)
+    kept = json.dumps([token for token in added if not token["special"]])
+    without_specials = tokenizer_json[:begin] + kept + tokenizer_json[end:]
+    return _attempt(lambda: gigatoken.Tokenizer.from_json(without_specials).backend.encode)
 
 
 def _attempt(call: Callable[[], Any]) -> tuple[Any, str]:
@@ -374,8 +380,8 @@ def fit(
 ) -> list[Document] | Drop:
     """A document of any length as documents of at most `seq_len` tokens.
 
-    `split` loses no target: each is learned once, after what stood before it (as much as there is room for beside half a
-    row of targets; `context` tokens where one answer is cut). `truncate_turns` leaves out the last turns. `drop` and
+    `split` loses no target: each is learned once, after what stood before it (earlier turns as far as there is room;
+    `context` tokens where one answer is cut; the end of a question that leaves no room for its answer). `truncate_turns` leaves out the last turns. `drop` and
     `error` give a Drop; so does a first answer that does not fit, when turns are left out.
 
     >>> long = Document(np.arange(1, 6, dtype=np.uint32), np.array([False, True, True, True, True]), "a:1")
@@ -402,21 +408,24 @@ def _run_ends(targets: np.ndarray) -> np.ndarray:
 def _split(document: Document, seq_len: int, context: int) -> list[Document]:
     ids, targets = document.ids, document.targets
     ends = _run_ends(targets)
-    parts, done, natural = [], 0, 0  # targets before `done` are placed; `natural` is where this turn's context begins
-    while len(left := np.flatnonzero(targets[done:])):
-        first = done + int(left[0])
+    parts: list[Document] = []
+    done, natural, is_turn = (
+        0,
+        0,
+        False,
+    )  # targets before `done` are placed; `natural`: where this turn's context begins
+    while done < len(ids) and targets[first := done + int(targets[done:].argmax())]:
         run_end = int(ends[np.searchsorted(ends, first, side="right")])
         begin = max(natural, first + min(run_end - first, seq_len // 2) - seq_len)
         whole = ends[(ends > first) & (ends <= begin + seq_len)]
         end = int(whole[-1]) if len(whole) else min(begin + seq_len, len(ids))
-        begin = (
-            min(begin, max(0, end - seq_len)) if context > 1 else begin
-        )  # what room is left holds more of what was said
+        if is_turn and context > 1:  # what room is left holds earlier turns, which this one may be about
+            begin = min(begin, max(0, end - seq_len))
         flags = targets[begin:end].copy()
         flags[: first - begin] = False
         parts.append(Document(ids[begin:end], flags, document.where))
-        done = end
-        natural = end if end in ends else end - context
+        done, is_turn = end, end in ends
+        natural = end if is_turn else end - context
     return parts
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sft_dist.data import loader as loader_module
 from sft_dist.data.loader import Loader, widen
-from sft_dist.data.shards import Manifest, Shards, write
+from sft_dist.data.shards import Manifest, Shards, row_dtype, write
 from sft_dist.topology import Topology
 from tests.unit.data.test_shards import ABOUT, documents
 
@@ -112,9 +112,8 @@ def test_how_much_is_read_and_planned_at_a_time_changes_nothing(shards, monkeypa
 
 def test_a_billion_rows_cost_no_memory_and_no_time_to_resume(tmp_path):
     rows, seq_len = 10**9, 8
-    for kind, width in (("tokens", 16), ("targets", 1), ("starts", 1), ("lengths", 4)):
-        with (tmp_path / f"00000.{kind}").open("wb") as file:
-            file.truncate(rows * width)  # sparse
+    with (tmp_path / "00000.rows").open("wb") as file:
+        file.truncate(rows * row_dtype(seq_len, "<u2").itemsize)  # sparse
     counts = {"documents": rows, "tokens": rows, "targets": rows}
     about = {"dtype": "<u2", "vocab_size": 50, "eos_id": 0, "pad_id": 1, "tokenizer": "t", "template": "p"}
     shards = Shards(tmp_path, Manifest(seq_len=seq_len, rows=rows, rows_per_shard=rows, **counts, **about))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_dist.data.records import Document
-from sft_dist.data.shards import FORMAT_VERSION, Shards, write
+from sft_dist.data.shards import FORMAT_VERSION, Shards, row_dtype, write
 from sft_dist.errors import DataError
 
 ABOUT = {"eos_id": 0, "pad_id": 1, "tokenizer": "t", "template": "p"}
@@ -68,10 +68,8 @@ def test_stored_rows_are_the_bytes_of_the_files_in_the_order_asked_for(tmp_path)
     numbers = np.array([7, 19, 0, 7, 18, 3, 12, 5])
     stored = shards.stored(numbers)
     assert (stored.tokens.dtype, stored.lengths.dtype) == (np.dtype("<u2"), np.dtype("<u4"))
-    for kind, width in (("tokens", 9), ("targets", 2), ("starts", 2), ("lengths", 1)):
-        parts = [np.fromfile(folder / f"{n:05d}.{kind}", getattr(stored, kind).dtype) for n in range(4)]
-        every = np.concatenate(parts).reshape(20, width)
-        assert (getattr(stored, kind).reshape(-1, width) == every[numbers]).all()
+    every = np.concatenate([np.fromfile(folder / f"{n:05d}.rows", row_dtype(9, "<u2")) for n in range(4)])
+    assert stored.records.tobytes() == every[numbers].tobytes()
     assert (stored.take(slice(1, 3)).tokens == stored.tokens[1:3]).all()
     assert [shards.count(numbers[n : n + 1]) for n in range(8)] == list(
         zip(*map(list, shards.counts(numbers)), strict=True)
@@ -95,8 +93,8 @@ def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
 
 def test_numpy_reads_the_files_with_no_parsing(tmp_path):
     folder = made(tmp_path)
-    tokens = np.memmap(folder / "00001.tokens", dtype="<u2", mode="r").reshape(-1, 8)
-    assert tokens[0].tolist() == Shards.open(folder).rows(np.array([1])).tokens[0].tolist()
+    records = np.memmap(folder / "00001.rows", dtype=row_dtype(8, "<u2"), mode="r")
+    assert records["tokens"][0].tolist() == Shards.open(folder).rows(np.array([1])).tokens[0].tolist()
 
 
 def test_every_flipped_byte_is_found(tmp_path):
@@ -129,11 +127,11 @@ def test_each_damage_is_named_with_a_remedy(tmp_path):
         with pytest.raises(DataError, match=message):
             Shards.open(folder)
     (folder / "manifest.json").write_text(manifest)
-    (folder / "00000.targets").write_bytes(b"")
-    with pytest.raises(DataError, match=r"00000.targets: 0 bytes, the manifest says 1; prepare again"):
+    (folder / "00000.rows").write_bytes(b"")
+    with pytest.raises(DataError, match=r"00000.rows: 0 bytes, the manifest says 28; prepare again"):
         Shards.open(folder)
-    (folder / "00000.targets").unlink()
-    with pytest.raises(DataError, match=r"00000.targets: missing; prepare again"):
+    (folder / "00000.rows").unlink()
+    with pytest.raises(DataError, match=r"00000.rows: missing; prepare again"):
         Shards.open(folder)
 
 
