@@ -1,6 +1,6 @@
 """How fast rows come from disk: this loader beside raw `np.memmap` indexing and Megatron's indexed data set.
 
-python benchmarks/loader.py [--rows 200000] [--folder FOLDER]
+python benchmarks/loader.py [--rows 200000] [--folder FOLDER] [--json benchmarks/results/loader.json]
 
 Everything is in the page cache and on one thread: what is measured is the way from the cache to the batch. Megatron's reader
 is a minimal one of its .bin/.idx format (`megatron/core/datasets/indexed_dataset.py`: MMapIndexedDataset with mmap), written
@@ -32,11 +32,12 @@ ABOUT = {"dtype": "<u2", "vocab_size": 50_257, "eos_id": 0, "pad_id": 0, "tokeni
 
 
 def main() -> None:
-    """Measure, print a table, leave benchmarks/results/loader.json."""
+    """Measure, print a table, leave it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -49,9 +50,8 @@ def main() -> None:
             "billion_rows": billion(Path(folder)),
         }
     result |= {"setting": setting(options.rows, options.repeats), "machine": machine()}
-    path = Path(__file__).parent / "results" / "loader.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
     show(result)
 
 

@@ -136,7 +136,7 @@ def _keep(packs: dict[int, list], emptiest: list[int], room: int, group: tuple[i
 
 
 PACKERS: dict[str, tuple[Callable[[np.ndarray, int], int], str]] = {
-    "sft-dist": (this_packer, "windows of 2^25 tokens"),
+    "sft-dist": (this_packer, "windows of 2^28 tokens"),
     "sft-dist, one window": (one_window, "the whole corpus at once"),
     "best-fit decreasing": (best_fit_decreasing, "Ding et al. 2024, per document"),
     "first fit": (first_fit, f"online, {OPEN_ROWS} open rows"),

@@ -13,7 +13,6 @@ from sft_dist.config import RunConfig
 from sft_dist.data.build import Task, available_workers, prepare
 from sft_dist.data.shards import Shards
 from sft_dist.data.tokenise import Tokenizer
-from sft_dist.data.view import overview, page, render_overview, render_row, split_folders, write_page
 from sft_dist.errors import ConfigError
 
 
@@ -62,6 +61,8 @@ def run(config: RunConfig, *, fresh: bool, workers: int | None, task: Task | Non
 
 def show(folder: Path, row: int | None, html: Path | None) -> None:
     """Print what is in the shards of `folder` (or in the one split it is), or one decoded row; or write it all as a page."""
+    from sft_dist.data.view import overview, page, render_overview, render_row, split_folders, write_page
+
     console = Console()
     if html is not None:
         write_page(html, page(overview(folder, row=row)))

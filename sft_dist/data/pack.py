@@ -1,14 +1,16 @@
-"""Which documents share a row: best-fit decreasing, so that almost nothing is padding and nothing is cut.
+"""Which documents share a row, so that almost nothing is padding and nothing is cut.
 
-Each document goes to the fullest row that still has room for it, longest documents first (Ding et al. 2024, "Fewer
-Truncations Improve Language Modeling"). What matters of a document is its length, and what matters of a row its room,
-so documents of one length and rows of one room are moved together: the work is a few moves a length, however many
-documents there are. The corpus is packed window by window, which bounds the memory by the window. A function of the
+Each row takes the longest document that is left, and of all the others the set that fills it best: a subset sum, over the
+lengths that are left, in the bits of one integer (Pisinger 1999, "Linear Time Algorithms for Knapsack Problems with Bounded
+Weights"; packing whole documents: Ding et al. 2024, "Fewer Truncations Improve Language Modeling"). What matters of a
+document is its length, so the same set fills as many rows as its lengths allow: the work is a few sums a length, however
+many documents there are. The corpus is packed window by window, which bounds the memory by the window. A function of the
 lengths and the seed alone: the same rows on every machine.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -41,7 +43,7 @@ def pack(
     *,
     how: Literal["best_fit", "concat", "none"] = "best_fit",
     seed: int = 0,
-    window_tokens: int = 1 << 25,
+    window_tokens: int = 1 << 28,
 ) -> Iterator[Packing]:
     """Rows of at most `seq_len` tokens, a Packing for each window of about `window_tokens` consecutive tokens.
 
@@ -110,12 +112,11 @@ def _whole(order: np.ndarray, tokens: np.ndarray, first: int, ends: np.ndarray) 
 
 
 def _best_fit(tokens: np.ndarray, first: int, seq_len: int, random: np.random.Generator) -> Packing:
-    """Best-fit decreasing over one window; rows are numbered by their first document."""
+    """One window; its rows are numbered by their first document."""
     shuffled = random.permutation(len(tokens))  # ties among equal lengths must not follow the order of the corpus
     longest_first = shuffled[_stable_order(seq_len - tokens[shuffled])]
-    moves = _moves(np.bincount(tokens, minlength=seq_len + 1), seq_len)
     row = np.empty(len(tokens), dtype=np.int64)  # of each document
-    row[longest_first] = _rows_of(moves, seq_len)
+    row[longest_first] = _rows_of(_patterns(np.bincount(tokens, minlength=seq_len + 1), seq_len))
     opens = np.empty(int(row.max()) + 1, dtype=np.int64)  # first document of each row: the last to be written
     opens[row[::-1]] = np.arange(len(tokens))[::-1]
     is_first = np.zeros(len(tokens), dtype=bool)
@@ -124,59 +125,62 @@ def _best_fit(tokens: np.ndarray, first: int, seq_len: int, random: np.random.Ge
     return _whole(_stable_order(row), tokens, first, np.cumsum(np.bincount(row)))
 
 
-def _moves(num_documents: np.ndarray, seq_len: int) -> np.ndarray:
-    """Best fit in bulk, from the number of documents of each length: moves [moves, 4] of (room, rows, documents, left).
+def _patterns(num_documents: np.ndarray, seq_len: int) -> np.ndarray:
+    """How rows are filled, from the number of documents of each length: [parts, 4] of (length, each, rows, first row).
 
-    Each of `rows` rows with `room` tokens free takes `documents` documents and has `left` tokens free. Rows of one
-    room are a queue. A row that fits best still does after it took a document, while another one fits: its room was
-    the smallest that holds the length, and only got smaller.
+    `rows` rows from `first row` on take `each` documents of `length`; the parts of one pattern have the same rows.
     """
-    num_rows = [0] * seq_len + [int(num_documents.sum())]  # by room; as many empty rows as could be needed
-    rooms = 1 << seq_len  # bit r: some row has room r. The next set bit is the best fit, found in one machine-wide step
-    moves: list[tuple[int, int, int, int]] = []
-    for length in np.flatnonzero(num_documents)[::-1].tolist():
-        waiting = int(num_documents[length])
-        while waiting:
-            fitting = rooms >> length
-            room = length + (fitting & -fitting).bit_length() - 1
-            each = min(room // length, waiting)
-            rows = min(num_rows[room], waiting // each)
-            left = room - each * length
-            moves.append((room, rows, each, left))
-            waiting -= rows * each
-            num_rows[room] -= rows
-            if not num_rows[room]:
-                rooms ^= 1 << room
-            if left:
-                num_rows[left] += rows
-                rooms |= 1 << left
-    return np.array(moves, dtype=np.int64)
+    lengths = np.flatnonzero(num_documents).tolist()  # ascending, of which there are documents left
+    left = {length: int(num_documents[length]) for length in lengths}
+    parts: list[tuple[int, int, int, int]] = []
+    num_rows = 0
+    while lengths:
+        pattern = _filling(seq_len, lengths, left)
+        rows = min(left[length] // each for length, each in pattern.items())
+        for length, each in pattern.items():
+            parts.append((length, each, rows, num_rows))
+            left[length] -= each * rows
+            if not left[length]:
+                lengths.remove(length)
+        num_rows += rows
+    return np.array(parts, dtype=np.int64)
 
 
-def _rows_of(moves: np.ndarray, seq_len: int) -> np.ndarray:
-    """Row of each document, longest first: the moves are replayed on the queues of rows, side by side in one array."""
-    room, rows, each, left = moves.T
-    enter = _places(left, rows)
-    leave = _places(room, rows)
-    size = np.bincount(left, rows, seq_len + 1).astype(np.int64)
-    base = np.cumsum(size) - size  # of each room's queue; the one of empty rows is the last, and nothing enters it
-    queue = np.empty(int(base[seq_len] + rows[room == seq_len].sum()), dtype=np.int64)
-    queue[base[seq_len] :] = np.arange(len(queue) - base[seq_len])
-    enter, leave = base[left] + enter, base[room] + leave
-    for to, source, count in zip(enter.tolist(), leave.tolist(), rows.tolist(), strict=True):
-        queue[to : to + count] = queue[source : source + count]
-    taken = np.repeat(leave - np.cumsum(rows) + rows, rows) + np.arange(rows.sum())
-    return np.repeat(queue[taken], np.repeat(each, rows))
+def _filling(seq_len: int, lengths: list[int], left: dict[int, int]) -> dict[int, int]:
+    """The longest document, and the others that fill a row with it best, longer ones before shorter: {length: how many}.
+
+    >>> _filling(10, [2, 3, 4, 7], {2: 1, 3: 2, 4: 1, 7: 1})
+    {7: 1, 3: 1}
+    """
+    longest = lengths[-1]
+    room = seq_len - longest
+    within = (2 << room) - 1
+    sums, steps = 1, []  # bit s of `sums`: some of the documents looked at have s tokens together
+    for place in range(bisect.bisect_right(lengths, room) - 1, -1, -1):
+        length = lengths[place]
+        for _ in range(min(left[length] - (length == longest), room // length)):
+            more = (sums | sums << length) & within
+            if more == sums:
+                break
+            steps.append((length, sums))
+            sums = more
+        if sums >> room:
+            break
+    pattern, total = {longest: 1}, sums.bit_length() - 1
+    for length, before in reversed(steps):
+        if not before >> total & 1:  # not without this one
+            pattern[length] = pattern.get(length, 0) + 1
+            total -= length
+    return pattern
 
 
-def _places(room: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Rows of the same room in the moves before each move: its place in the room's queue."""
-    order = _stable_order(room)
-    before = np.cumsum(rows[order]) - rows[order]
-    opens = np.flatnonzero(np.diff(room[order], prepend=-1))
-    places = np.empty(len(room), dtype=np.int64)
-    places[order] = before - np.repeat(before[opens], np.diff(opens, append=len(room)))
-    return places
+def _rows_of(parts: np.ndarray) -> np.ndarray:
+    """Row of each document, longest first: of one length the earlier patterns take the earlier documents."""
+    parts = parts[np.argsort(-parts[:, 0], kind="stable")]
+    _, each, rows, first = parts.T
+    part = np.repeat(np.arange(len(parts)), each * rows)  # of each document
+    nth = np.arange(len(part)) - (np.cumsum(each * rows) - each * rows)[part]
+    return first[part] + nth // each[part]
 
 
 def _stable_order(keys: np.ndarray) -> np.ndarray:
