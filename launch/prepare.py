@@ -44,7 +44,7 @@ def run(config: RunConfig, *, fresh: bool, workers: int | None, task: Task | Non
 
     try:
         report = prepare(
-            config.prepare, default_tokenizer=config.model.name_or_path, progress=progress, say=console.print, fresh=fresh,
+            config.prepare, default_tokenizer=config.model.name_or_path, progress=progress, say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True), fresh=fresh,
             workers=workers or available_workers(), task=task, only_merge=only_merge,
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -54,7 +54,8 @@ def run(config: RunConfig, *, fresh: bool, workers: int | None, task: Task | Non
         if tasks:
             bar.stop()
     if report is None:
-        print(f"task {task.index + 1}/{task.count}: done. When all are: sft-dist prepare RUN.yaml --merge")
+        more = " --fresh" if fresh else ""
+        print(f"task {task.index + 1}/{task.count}: done. When all are: sft-dist prepare RUN.yaml --merge{more}")
     else:
         print(report.describe())
 

@@ -100,9 +100,11 @@ class CurateConfig(Section):
     normalise: Literal["NFC", "NFKC"] | None = "NFC"
     """Unicode form of all text; null: as it comes."""
     control_characters: bool = True
-    """Remove control characters and carriage returns (tabs and line ends stay)."""
+    """Remove control characters; carriage returns and page ends become line ends (tabs stay)."""
     mojibake: bool = True
     """Repair text that was decoded wrongly (`schÃ¶n` → `schön`), with ftfy."""
+    outer_white_space: bool = True
+    """Remove white space around each text; false keeps it, as an indented code completion may need."""
     html_entities: bool = False
     """Turn `&amp;` into `&`; off, because an example may be about HTML."""
     strip_end_of_text: bool = False

@@ -17,25 +17,25 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sft_dist import __version__
 from sft_dist.config import PrepareConfig, SourceConfig, TrainedTokenizer
-from sft_dist.data.merge import Progress, merge, pieces_digest
+from sft_dist.data.merge import Progress, merge
 from sft_dist.data.read import detect, read
 from sft_dist.data.records import Conversation, Drop
 from sft_dist.data.scratch import from_json
-from sft_dist.data.sources import HUB, digest, files, slices
+from sft_dist.data.sources import HUB, Slice, digest, files, slices
 from sft_dist.data.template import template_from
 from sft_dist.data.tokenise import Tokenizer, check_inference, train_sentencepiece
 from sft_dist.data.work import Job, Piece, template_for, training_texts, work, write_about
 from sft_dist.errors import ConfigError, DataError
-from sft_dist.files import hold, publish
+from sft_dist.files import digest_of, hold, publish
 
 SLICE_BYTES = 4 << 20
 MOST_SLICES = 4096
@@ -88,6 +88,7 @@ _LONG = {
     "truncated_documents": "{:,} documents have lost their last turns",
     "truncated_target_tokens": "{:,} target tokens with them",
     "unrolled": "{:,} conversations are a document an answer",
+    "unscored_labels": "{:,} validation records are not scored by label: with one of the labels they fill more than a row",
 }
 
 
@@ -117,8 +118,10 @@ def prepare(
     staged = out.with_name(f".{out.name}.partial")
     with _told_when_full(out), _held(out.with_name(f".{out.name}.lock"), config, is_shared=task is not None):
         if out.exists() and not fresh:
-            shutil.rmtree(staged, ignore_errors=True)  # what a kill between the last two steps left
-            return _already(out, config, default_tokenizer)
+            report = _already(out, config, default_tokenizer)
+            if not (staged / "out").is_dir() and (staged / "scratch").is_dir():
+                shutil.rmtree(staged)  # what a kill between the last two steps left
+            return report
         with _planning(staged):
             job, about = _planned(staged, config, default_tokenizer, say, may_discard=task is None and not only_merge)
         if task is not None:
@@ -196,26 +199,28 @@ def _planned(
     given = None
     if not isinstance(config.tokenizer, TrainedTokenizer):
         given = Tokenizer.load(config.tokenizer or default_tokenizer)
-        template_for(config.template, given)  # a template that does not fit is told before anything is written
+    before = _plan(staged)
+    read_files = [source for source, _ in sources] + config.curate.decontaminate
     about = {
         "version": __version__,
         "settings": _settings(config, given),
-        "sources": {path: state for source, _ in sources for path, state in _states(source).items()},
+        "sources": _all_states(read_files, before.get("sources", {})),
         "schemas": [source.schema_ for source, _ in sources],
     }
-    size = sum(state["bytes"] for state in about["sources"].values())
-    if not size and not any(path.startswith(HUB) for path in about["sources"]):
+    size = sum(_size(source, about["sources"]) for source, _ in sources)
+    if not size and not any(source.path.startswith(HUB) for source, _ in sources):
         raise DataError(f"prepare.sources: {', '.join(about['sources'])}: empty; name files with records in them")
-    slice_bytes = max(SLICE_BYTES, -(-size // MOST_SLICES))
-    pieces = tuple(
-        Piece(piece, source, is_validation)
-        for source, is_validation in sources
-        for piece in slices(source, slice_bytes)
-    )
-    about["slices"] = pieces_digest(pieces)
-    _reuse(staged, about, config, say, may_discard=may_discard)
+    if about == {key: before.get(key) for key in about}:  # another task has cut the sources, byte for byte these
+        cut = [(Slice(**values), number) for values, number in before["slices"]]
+    else:
+        slice_bytes = max(SLICE_BYTES, -(-size // MOST_SLICES))
+        cut = [(piece, number) for number, (source, _) in enumerate(sources) for piece in slices(source, slice_bytes)]
+    about["slices"] = [[asdict(piece), number] for piece, number in cut]
+    pieces = tuple(Piece(piece, *sources[number]) for piece, number in cut)
+    _reuse(staged, before, about, config, say, may_discard=may_discard)
     tokenizer = given or _trained(staged / "tokenizer", config, pieces, say)
     template = template_for(config.template, tokenizer)
+    about = {key: value for key, value in about.items() if key != "slices"}
     about["sources"] = {path: state["blake2b"] for path, state in about["sources"].items()}
     samples = _samples(pieces)
     tokenizer, engine = tokenizer.accelerated(turn.content for record in samples for turn in record.turns)
@@ -238,20 +243,43 @@ def _with_schema(source: SourceConfig, say: Say) -> SourceConfig:
 
 
 def _settings(config: PrepareConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    values = config.model_dump(by_alias=True, exclude={"out"})
-    return json.loads(json.dumps({"prepare": values, "tokenizer": tokenizer.fingerprint if tokenizer else None}))
+    """What must be the same for the rows to be; of template and tokenizer what they make of text, whatever their names."""
+    values = {"prepare": config.model_dump(by_alias=True, exclude={"out"}), "tokenizer": None, "template": None}
+    if tokenizer is not None:
+        texts = [tokenizer.bos_token, tokenizer.eot_token]
+        values |= {"tokenizer": digest_of({"ids": tokenizer.fingerprint, "texts": texts})}
+        values |= {"template": template_for(config.template, tokenizer).fingerprint}
+    return json.loads(json.dumps(values))
 
 
-def _states(source: SourceConfig) -> dict[str, dict[str, Any]]:
-    """What the files of a source are now, so that a change while they are read can be seen."""
+def _all_states(sources: Sequence[SourceConfig], known: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the files of the sources are now, by path; the digest of one that is as it is `known` is not made again."""
+    return {path: state for source in sources for path, state in _states(source, known).items()}
+
+
+def _states(source: SourceConfig, known: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     if source.path.startswith(HUB):
         name = "/".join([source.path, *([source.subset] if source.subset else []), source.split])
         return {name: {"bytes": 0, "modified_ns": 0, "blake2b": digest(source.path, source)}}
-    found = {path: path.stat() for path in files(source)}
-    return {
-        str(path): {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, "blake2b": digest(path)}
-        for path, stat in found.items()
-    }
+    states = {}
+    for path in files(source):
+        stat = path.stat()
+        state = {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+        same = {key: known.get(str(path), {}).get(key) for key in state} == state
+        states[str(path)] = {**state, "blake2b": known[str(path)]["blake2b"] if same else digest(path)}
+    return states
+
+
+def _size(source: SourceConfig, states: dict[str, dict[str, Any]]) -> int:
+    return 0 if source.path.startswith(HUB) else sum(states[str(path)]["bytes"] for path in files(source))
+
+
+def _plan(staged: Path) -> dict[str, Any]:
+    """What an earlier start or another task planned; empty when there is nothing to read."""
+    try:
+        return dict(json.loads((staged / "plan.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _keeps_texts(config: PrepareConfig) -> bool:
@@ -263,28 +291,25 @@ def _keeps_texts(config: PrepareConfig) -> bool:
     return bool(near_validation or curate.near_duplicates or overlap or curate.select)
 
 
-def _reuse(staged: Path, about: dict[str, Any], config: PrepareConfig, say: Say, *, may_discard: bool) -> None:
+def _reuse(
+    staged: Path, before: dict[str, Any], about: dict[str, Any], config: PrepareConfig, say: Say, *, may_discard: bool
+) -> None:
     """Keep what an interrupted preparation of the same data and settings finished; otherwise begin anew, and say so."""
-    path = staged / "plan.json"
-    try:
-        before = json.loads(path.read_text())
-    except (OSError, ValueError):
-        before = None
     if before == about:
         done = len(list((staged / "slices").glob("[0-9]*")))
         say(f"going on with an interrupted preparation: {done:,} slices are done")
         return
-    if before is not None and not may_discard:
+    if before and not may_discard:
         raise DataError(
             f"prepare.out: {staged} was begun with other settings or sources; finish that one, or run `sft-dist prepare` without "
             "--task and --merge, which begins anew"
         )
-    if before is not None:
+    if before:
         changed = [key for key in about if before.get(key) != about[key]]
         say(f"an interrupted preparation of other {' and '.join(changed)} is begun anew")
     for name in ("slices", "tokenizer", "out", "scratch"):
         shutil.rmtree(staged / name, ignore_errors=True)
-    write_about(path, about)
+    write_about(staged / "plan.json", about)
 
 
 def _samples(pieces: tuple[Piece, ...], count: int = 24, most: int = 1000) -> list[Conversation]:
@@ -435,8 +460,12 @@ def _already(out: Path, config: PrepareConfig, default_tokenizer: str | None) ->
     changed = _changed("prepare", before, now)
     if tokenizer != settings["tokenizer"] and before["tokenizer"] == now["tokenizer"]:
         changed.append("what the tokenizer makes of text")
-    named = [*config.sources, *config.validation_sources]
-    sources = {path: state["blake2b"] for source in named for path, state in _states(source).items()}
+    if (now_as := settings["template"]) != (was := about["settings"].get("template")) and before["template"] == now[
+        "template"
+    ]:
+        changed.append(f"what the template makes of a conversation ({was} → {now_as})")
+    named = [*config.sources, *config.validation_sources, *config.curate.decontaminate]
+    sources = {path: state["blake2b"] for path, state in _all_states(named, {}).items()}
     files_of = about["sources"].keys() | sources.keys()
     changed += [f"the bytes of {path}" for path in sorted(files_of) if about["sources"].get(path) != sources.get(path)]
     if changed:

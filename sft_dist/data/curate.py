@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import html
+import itertools
+import json
 import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from sft_dist.config import CurateConfig
 from sft_dist.data.records import Conversation, Drop, Turn
@@ -20,6 +23,7 @@ from sft_dist.errors import ConfigError
 
 # What no text means: C0 without tab and line end, DEL; C1, and the byte order mark inside a text.
 _C0 = bytes(code for code in range(32) if code not in (9, 10)) + b"\x7f"
+_LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85]")
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
 _EMPTY = {"assistant": "empty_response", "text": "empty_text"}
 
@@ -43,6 +47,20 @@ _MOJIBAKE = _mojibake_pairs()
 _C1 = re.compile("[\x80-\x9f]")  # what cp1252's quotes and dashes look like when read as latin-1
 
 
+def _without_controls(text: str) -> str:
+    """Old line and page ends become line ends; other control characters go."""
+    return _CONTROLS.sub("", _LINE_ENDS.sub("\n", text))
+
+
+def _is_sound(values: Any) -> bool:
+    """JSON can spell half a character, which is no text."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class Curator:
     """Mends and judges conversations one at a time; `mended` counts what was changed, by the name of the rule.
 
@@ -51,7 +69,7 @@ class Curator:
     >>> curator = Curator(CurateConfig(html_entities=True))
     >>> turns = (Turn("user", " a &amp; b\\r\\n"), Turn("assistant", "yes", True))
     >>> curator(Conversation(turns, "a:1")).turns[0].content, dict(curator.mended)
-    ('a & b', {'html_entities': 1, 'control_characters': 1})
+    ('a & b', {'html_entities': 1, 'control_characters': 1, 'outer_white_space': 1})
     """
 
     def __init__(self, config: CurateConfig, end_of_text: str = "") -> None:
@@ -70,7 +88,11 @@ class Curator:
             text = self._mend(turn.content)
             if self.config.strip_end_of_text and turn.role == "assistant":
                 text = self._without_end(text)
-            if not text and not (turn.extra and "tool_calls" in turn.extra):
+            if turn.extra and not _is_sound(turn.extra):
+                return Drop(
+                    "invalid_unicode", conversation.where, f"half a character in what the {turn.role} turn carries"
+                )
+            if not text and turn.role != "tool" and not (turn.extra and "tool_calls" in turn.extra):
                 is_same = False
                 if turn.role == "system":
                     continue  # an empty system message says nothing
@@ -88,17 +110,24 @@ class Curator:
             text = self._counted("html_entities", text, html.unescape(text))
         if text.isascii():
             if config.control_characters and len(text.encode().translate(None, _C0)) != len(text):
-                text = self._counted("control_characters", text, _CONTROLS.sub("", text))
-            return text.strip()
+                text = self._counted("control_characters", text, _without_controls(text))
+            return self._stripped(text)
         if config.mojibake and (_MOJIBAKE.search(text) or (config.control_characters and _C1.search(text))):
             import ftfy
 
             text = self._counted("mojibake", text, ftfy.fix_encoding(text))
         if config.control_characters:
-            text = self._counted("control_characters", text, _CONTROLS.sub("", text))
+            text = self._counted("control_characters", text, _without_controls(text))
         if config.normalise and not unicodedata.is_normalized(config.normalise, text):
             text = self._counted("unicode", text, unicodedata.normalize(config.normalise, text))
-        return text.strip()
+        return self._stripped(text)
+
+    def _stripped(self, text: str) -> str:
+        """Without white space around it; where that is kept, a text of nothing else is still an empty one."""
+        stripped = text.strip()
+        if not self.config.outer_white_space and stripped:
+            return text
+        return stripped if len(stripped) == len(text) else self._counted("outer_white_space", text, stripped)
 
     def _counted(self, rule: str, before: str, after: str) -> str:
         if after == before:
@@ -179,27 +208,37 @@ def _language(wanted: list[str] | None) -> Callable[[Conversation], str] | None:
 
 
 def is_validation(conversation: Conversation, fraction: float, seed: int) -> bool:
-    """Whether a record is held out: a function of its prompt and the seed alone.
+    """Whether a record is held out: a function of its opening (what is asked first) and the seed alone.
 
-    So records with one prompt stay on one side, and data added later moves nothing.
+    So records with one prompt stay on one side, and with them the conversations that go on from there; data added later
+    moves nothing.
 
     >>> is_validation(Conversation((Turn("text", "Once upon a time", True),), "a:1"), fraction=0.0, seed=0)
     False
     """
     if fraction == 0.0:
         return False
-    return int.from_bytes(prompt_digest(conversation, str(seed))[:8], "big") < fraction * 2**64
+    digest = _digest(str(seed), _said(_opening(conversation)))
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def prompt_digest(conversation: Conversation, salt: str = "") -> bytes:
-    """16 bytes that stand for the prompt (of plain text: the text)."""
-    return _digest(salt, _said(conversation.prompt or conversation.turns))
+def _opening(conversation: Conversation) -> Sequence[Turn]:
+    """The turns before the first answer, system messages aside; of plain text the text."""
+    asked = itertools.takewhile(lambda turn: turn.role != "assistant", conversation.turns)
+    return [turn for turn in asked if turn.role != "system"] or conversation.turns
 
 
-def digests(conversation: Conversation) -> tuple[bytes, bytes]:
-    """(16 bytes that stand for everything said, those of the prompt), blind to how much white space is between words."""
+def digests(conversation: Conversation) -> tuple[bytes, bytes, bytes]:
+    """16 bytes each that stand for everything said, for the prompt and for the opening.
+
+    Blind to how much white space is between words; not to the tools, nor (everything) to which answers are learned.
+    """
     said = _said(conversation.turns)
-    return _digest("", said), _digest("", said[:-1] or said)
+    tools = [json.dumps(conversation.tools, sort_keys=True)] if conversation.tools else []
+    unlearned = [str(n) for n, turn in enumerate(conversation.turns) if turn.role == "assistant" and not turn.is_target]
+    prompt = said[:-1] or said
+    opening = prompt if len(said) == 2 else _said(_opening(conversation))
+    return _digest("", said + tools + unlearned), _digest("", prompt + tools), _digest("", opening)
 
 
 def _digest(salt: str, said: list[str]) -> bytes:
@@ -222,13 +261,16 @@ def _besides(turn: Turn) -> str:
     return f"\x1f{sorted(turn.extra.items())!r}"
 
 
-_WORD = re.compile(r"\w+")
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(f"[{_UNSPACED}]|[^\\W{_UNSPACED}]+")
 
 
 def words(text: str) -> list[str]:
-    """The words of a text as comparisons see them: no case, no punctuation.
+    """The words of a text as comparisons see them: no case, no punctuation, one Unicode form.
+
+    A character of a script without spaces (Chinese, Japanese, Thai, …) counts as a word.
 
     >>> words("It's GREAT!")
     ['it', 's', 'great']
     """
-    return _WORD.findall(text.casefold())
+    return _WORD.findall((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold())

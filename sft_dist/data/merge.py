@@ -6,11 +6,10 @@ Fates and places are files, so that memory does not grow with the corpus.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,11 +23,11 @@ from sft_dist.data.curate import words
 from sft_dist.data.pack import pack
 from sft_dist.data.read import UNREADABLE, detect, read
 from sft_dist.data.records import Conversation, Document, Drop, Turn
-from sft_dist.data.repeats import NearIndex, OverlapIndex, groups
+from sft_dist.data.repeats import NearIndex, OverlapIndex, groups, shingles
 from sft_dist.data.scratch import TRAIN, VALIDATION, DocumentReader, Slices, from_json
 from sft_dist.data.select import quality, select
 from sft_dist.data.sources import slices as cut
-from sft_dist.data.work import Job, Piece, documents_of
+from sft_dist.data.work import Job, documents_of
 from sft_dist.errors import DataError
 
 Progress = Callable[[str, int, int, int], None]  # stage, done, total, tokens since the last call
@@ -50,7 +49,7 @@ _DETAILS = {
 
 _LONG = (
     "split_documents", "parts_of_split_documents", "shortened_contexts", "truncated_documents", "truncated_target_tokens",
-    "unrolled",
+    "unrolled", "unscored_labels",
 )  # fmt: skip
 
 
@@ -91,8 +90,7 @@ class Fates:
     def add_contaminant(self, index: OverlapIndex, record: Conversation) -> None:
         """Remember an evaluation text, and where it stands."""
         self.contaminants.setdefault(record.where, len(self.contaminants))
-        for turn in record.turns:
-            index.add(record.where, words(turn.content))
+        index.add(record.where, words(_asked_and_answered(record)))
 
     def drop(self, numbers: np.ndarray | int, reason: str, others: np.ndarray | int = -1) -> None:
         """Records that go."""
@@ -112,9 +110,16 @@ def settle(job: Job, slices: Slices, scratch: Path, progress: Progress) -> Fates
         for numbers, firsts in groups(_keys(slices, fates, "content"), len(slices), scratch):
             repeats = numbers != firsts
             fates.drop(numbers[repeats], "duplicate", firsts[repeats])
-    if any(piece.is_validation for piece in job.pieces) or curate.same_prompt != "keep":
+    if any(piece.is_validation for piece in job.pieces):
+        for numbers, firsts in groups(_keys(slices, fates, "opening"), len(slices), scratch):
+            for group in _grouped(numbers, firsts):
+                held_out = group[fates.codes[group] == VALIDATION]
+                if len(held_out):
+                    fates.drop(group[fates.codes[group] == TRAIN], "in_validation", held_out[0])
+    if curate.same_prompt != "keep":
         for numbers, firsts in groups(_keys(slices, fates, "prompt"), len(slices), scratch):
-            _same_prompts(fates, slices, numbers, firsts, curate)
+            for group in _grouped(numbers, firsts):
+                _keep_one(fates, slices, group[fates.codes[group] == TRAIN], curate.same_prompt)
     if job.keeps_texts:
         _compare(job, slices, fates, progress)
     return fates
@@ -126,34 +131,36 @@ def _keys(slices: Slices, fates: Fates, name: str) -> Iterator[tuple[np.ndarray,
         yield records[name][alive], base + alive
 
 
-def _same_prompts(fates: Fates, slices: Slices, numbers: np.ndarray, firsts: np.ndarray, curate: CurateConfig) -> None:
-    """Of one prompt's records: training ones go where a validation one has it, else one stays if that is the policy."""
-    for group in np.split(numbers, np.flatnonzero(np.diff(firsts)) + 1) if len(numbers) else ():
-        held_out = group[fates.codes[group] == VALIDATION]
-        training = group[fates.codes[group] == TRAIN]
-        if len(held_out):
-            fates.drop(training, "in_validation", held_out[0])
-        elif curate.same_prompt != "keep":
-            kept = {"first": 0, "last": len(training) - 1}.get(curate.same_prompt)
-            if kept is None:
-                kept = int(np.argmax([slices.record(int(number))["targets"] for number in training]))
-            fates.drop(np.delete(training, kept), "same_prompt", training[kept])
+def _grouped(numbers: np.ndarray, firsts: np.ndarray) -> Iterator[np.ndarray]:
+    """The records of each group."""
+    if len(numbers):
+        yield from np.split(numbers, np.flatnonzero(np.diff(firsts)) + 1)
+
+
+def _keep_one(fates: Fates, slices: Slices, training: np.ndarray, policy: str) -> None:
+    """Of one prompt's training records the first, the last or the one with most target tokens stays."""
+    if len(training) > 1:
+        place = {"first": 0, "last": len(training) - 1}.get(policy)
+        if place is None:
+            place = int(np.argmax([slices.record(int(number))["targets"] for number in training]))
+        fates.drop(np.delete(training, place), "same_prompt", training[place])
 
 
 def _compare(job: Job, slices: Slices, fates: Fates, progress: Progress) -> None:
     """What needs the words: nearness to validation and to each other, overlap with evaluation files, selection."""
     curate = job.config.curate
-    held_out = NearIndex(curate.near_validation) if curate.near_validation else None
+    usual = _usual(slices, fates) if curate.near_validation or curate.near_duplicates else frozenset()
+    held_out = NearIndex(curate.near_validation, usual) if curate.near_validation else None
     if held_out:
         for number, line in slices.conversations(fates.codes == VALIDATION):
             held_out.add(number, words(_prompt(from_json(line))))
-    earlier = NearIndex(curate.near_duplicates) if curate.near_duplicates else None
+    earlier = NearIndex(curate.near_duplicates, usual) if curate.near_duplicates else None
     overlap = _evaluation_texts(curate, slices, fates)
     chosen = fates.codes == TRAIN
     total, numbers, prompts, qualities = int(chosen.sum()), [], [], []
     for done, (number, line) in enumerate(slices.conversations(chosen), 1):
         record = from_json(line)
-        prompt, whole = _prompt(record), " ".join(turn.content for turn in record.turns)
+        prompt, whole = _prompt(record), _asked_and_answered(record)
         if held_out and (near := held_out.find(words(prompt))) is not None:
             fates.drop(number, "near_validation", near)
         elif overlap and (where := overlap.find(words(whole))) is not None:
@@ -198,6 +205,22 @@ def _evaluation_texts(curate: CurateConfig, slices: Slices, fates: Fates) -> Ove
     return index
 
 
+def _usual(slices: Slices, fates: Fates, most: int = 5000) -> frozenset[str]:
+    """What many prompts say alike, such as an instruction that all share: by that no two of them are near each other."""
+    counts: Counter[str] = Counter()
+    lines = itertools.islice(slices.conversations(fates.codes == TRAIN), most)
+    number = 0
+    for _, line in lines:
+        counts.update(set(shingles(words(_prompt(from_json(line))))))
+        number += 1
+    return frozenset(text for text, count in counts.items() if count > max(10, number // 50))
+
+
+def _asked_and_answered(record: Conversation) -> str:
+    """Everything said but system messages, which many records share."""
+    return " ".join(turn.content for turn in record.turns if turn.role != "system")
+
+
 def _prompt(record: Conversation) -> str:
     """What the record asks (of plain text: the text)."""
     return " ".join(turn.content for turn in record.prompt or record.turns if turn.role != "system")
@@ -212,8 +235,15 @@ def merge(job: Job, out: Path, scratch: Path, executor: Executor | None, progres
     _write_rejects(out / "rejects.jsonl", slices, fates)
     _check_share(job.config, slices, funnel, out / "rejects.jsonl")
     if not funnel.train:
+        hint = (
+            ""
+            if "boundary_merge" not in funnel.drops
+            else (
+                "; boundary_merge means that this tokenizer joins the template's text with an answer's: use another template"
+            )
+        )
         raise DataError(
-            f"prepare.sources: no record is left to train on ({funnel.counts()}); see {out / 'rejects.jsonl'}"
+            f"prepare.sources: no record is left to train on ({funnel.counts()}); see {out / 'rejects.jsonl'}{hint}"
         )
     shared = {
         "seq_len": job.config.seq_len,
@@ -232,7 +262,9 @@ def merge(job: Job, out: Path, scratch: Path, executor: Executor | None, progres
             splits[name] = {key: getattr(manifest, key) for key in names}
     with (out / "validation.jsonl").open("wb") as file:
         file.writelines(line for _, line in slices.conversations(fates.codes == VALIDATION))
-    _write_labels(out, _label_counts(slices, fates), job, shared)
+    unscored = _write_labels(out, _label_counts(slices, fates), job, shared)
+    if unscored:
+        funnel.long["unscored_labels"] = unscored
     return {"funnel": asdict(funnel), "splits": splits}
 
 
@@ -256,9 +288,9 @@ def _funnel(slices: Slices, fates: Fates) -> Funnel:
 def _write_rejects(path: Path, slices: Slices, fates: Fates) -> None:
     """What the slices dropped, then what the merge did, each in the order of the sources."""
     contaminants = list(fates.contaminants)
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for part in slices.parts:
-            file.write((part.folder / "rejects.jsonl").read_text())
+            file.write((part.folder / "rejects.jsonl").read_text(encoding="utf-8"))
         for part, base, records in slices.each():
             codes = fates.codes[base : base + len(records)]
             for place in np.flatnonzero(codes > VALIDATION).tolist():
@@ -400,8 +432,11 @@ def _label_counts(slices: Slices, fates: Fates) -> dict[str, Counter[str]]:
     return counts
 
 
-def _write_labels(out: Path, counts: dict[str, Counter[str]], job: Job, shared: dict[str, Any]) -> None:
-    """Every validation prompt with every label as its answer: what accuracy is measured on."""
+def _write_labels(out: Path, counts: dict[str, Counter[str]], job: Job, shared: dict[str, Any]) -> int:
+    """Every validation prompt with every label as its answer: what accuracy is measured on.
+
+    Returns how many are left out because one of their labels leaves no room for the whole prompt.
+    """
     labels = sorted(counts["train"])
     unseen = set(counts["validation"]) - set(labels)
     if unseen:
@@ -409,20 +444,21 @@ def _write_labels(out: Path, counts: dict[str, Counter[str]], job: Job, shared: 
             f"prepare.sources: label {min(unseen)!r} is in the validation records only; correct it, or add training records of it"
         )
     if not counts["validation"] or len(labels) < 2:
-        return
+        return 0
     documents, candidates, truth = [], [], []
     whole = job.config.model_copy(update={"long_documents": "drop"})  # each label after the same prompt, or none
     with (out / "validation.jsonl").open("rb") as file:
         records = [record for record in map(from_json, file) if record.label is not None]
-    for number, record in enumerate(records):
+    for record in records:
+        turns = [(*record.prompt, Turn("assistant", label, is_target=True)) for label in labels]
+        made = [documents_of(replace(record, turns=t), job.template, job.tokenizer, whole, Counter()) for t in turns]
+        if any(isinstance(one, Drop) or len(one) != 1 for one in made):
+            continue
+        candidates += [(len(truth), place) for place in range(len(labels))]
         truth.append(labels.index(record.label))
-        for place, label in enumerate(labels):
-            answered = replace(record, turns=(*record.prompt, Turn("assistant", label, is_target=True)))
-            made = documents_of(answered, job.template, job.tokenizer, whole, Counter())
-            if isinstance(made, Drop) or len(made) != 1:
-                raise DataError(f"{record.where}: does not fit a row with the answer {label!r}; raise prepare.seq_len")
-            documents += made
-            candidates.append((number, place))
+        documents += [document for [document] in made]
+    if not documents:
+        return len(records)
     lengths = np.array([len(document.ids) for document in documents])
     rows, order = [], []
     for packing in pack(lengths, shared["seq_len"], seed=job.config.seed):
@@ -437,8 +473,4 @@ def _write_labels(out: Path, counts: dict[str, Counter[str]], job: Job, shared: 
         "candidates": [candidates[index] for index in order],
     }
     (out / "labels" / "labels.json").write_text(json.dumps(about))
-
-
-def pieces_digest(pieces: Sequence[Piece]) -> str:
-    """What stands for the way the sources are cut."""
-    return hashlib.blake2b(repr([asdict(piece.slice) for piece in pieces]).encode(), digest_size=16).hexdigest()
+    return len(records) - len(truth)

@@ -88,13 +88,24 @@ def detect(source: SourceConfig) -> tuple[str, str]:
     schemas = sorted(set().union(*(_fitting(record, source) for record in records)))
     keys = ", ".join(map(str, records[0]))
     if len(schemas) != 1:
+        columns = ("text", "label", "prompt", "response", "messages")
+        named = [getattr(source, name) for name in columns if name in source.model_fields_set]
+        columns_missing(source.path, list(records[0]), named)
         what = f"schemas {' and '.join(schemas)} fit" if schemas else "no schema fits"
         raise DataError(f"{source.path}: {what} the keys {keys}; name the schema and its columns in the source")
-    used = ""
+    used, ignored = "", [str(key) for key in records[0] if key not in _used(schemas[0], source, records[0])]
     if schemas[0] == "prompt_response":
         prompt, response = _pair_columns(source, next(r for r in records if _fitting(r, source)))
         used = f"; prompt is {prompt!r}, response is {response!r}"
+    used += f"; not used: {', '.join(ignored)}" if ignored else ""
     return schemas[0], f"{source.path}: schema {schemas[0]} (keys {keys}{used})"
+
+
+def _used(schema: str, source: SourceConfig, row: Mapping[Any, Any]) -> set[Column]:
+    """The keys of a record that its schema reads."""
+    named = source.model_copy(update={"schema_": schema})
+    wanted = _pair_columns(named, row) if schema == "prompt_response" else _wanted(named)
+    return {*wanted, *_OPTIONAL.get(schema, ())}
 
 
 def _why_none(found: Sequence[tuple[str, Any]]) -> str:
@@ -170,7 +181,7 @@ def _wanted(source: SourceConfig) -> list[Column]:
     return ["instruction", "instances"]
 
 
-_OPTIONAL = {"alpaca": ("input",), "messages": ("tools",), "sharegpt": ("tools", "system")}
+_OPTIONAL = {"alpaca": ("input", "system", "history"), "messages": ("tools",), "sharegpt": ("tools", "system")}
 
 
 def _columns(source: SourceConfig, path: str, names: Sequence[str]) -> list[Column]:
@@ -179,6 +190,11 @@ def _columns(source: SourceConfig, path: str, names: Sequence[str]) -> list[Colu
     if source.schema_ == "prompt_response":
         wanted = list(_pair_columns(source, dict.fromkeys(names)))
     columns_missing(path, names, wanted)
+    twice = next((column for column in wanted if list(names).count(column) > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"{path}: the column {twice!r} is there twice, and which one is meant cannot be told; rename one"
+        )
     return wanted + [name for name in _OPTIONAL.get(source.schema_ or "", ()) if name in names]
 
 
@@ -256,7 +272,13 @@ def _from_tokens(ids: np.ndarray, _: SourceConfig, where: str) -> Document:
 def _from_alpaca(row: Any, _: SourceConfig, where: str) -> Conversation:
     instruction = _value(row, "instruction")
     given = "" if row.get("input") is None else _value(row, "input")
-    return _pair(_asked(instruction, given), _value(row, "output"), where)
+    made = _pair(_asked(instruction, given), _value(row, "output"), where)
+    turns = [Turn("system", _value(row, "system"))] if row.get("system") else []
+    for exchange in _json(row.get("history") or [], list, "history"):
+        if not (isinstance(exchange, list) and len(exchange) == 2 and all(isinstance(text, str) for text in exchange)):
+            raise _BadRecordError("wrong_type", "'history' is not a list of [question, answer]")
+        turns += [Turn("user", _sound(exchange[0])), Turn("assistant", _sound(exchange[1]), is_target=True)]
+    return Conversation((*turns, *made.turns), where) if turns else made
 
 
 def _from_self_instruct(row: Any, _: SourceConfig, where: str) -> list[Conversation | Drop]:
@@ -356,6 +378,8 @@ def _extra(message: Mapping[str, Any]) -> dict[str, Any] | None:
         if not isinstance(calls, list):
             raise _BadRecordError("invalid_tools", f"'tool_calls' is {type(calls).__name__}, not a list")
         extra["tool_calls"] = [_call(call) for call in calls]
+    elif (call := message.get("function_call")) is not None:  # OpenAI's older form
+        extra["tool_calls"] = [_call(call)]
     return extra or None
 
 

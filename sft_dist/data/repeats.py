@@ -76,33 +76,35 @@ class NearIndex:
     (7, None)
     """
 
-    def __init__(self, threshold: float) -> None:
+    def __init__(self, threshold: float, usual: frozenset[str] = frozenset()) -> None:
         import rensa
 
-        self.threshold = threshold
+        self.threshold, self.usual = threshold, usual  # `usual`: shingles that say nothing, since many texts have them
         self._new = lambda: rensa.RMinHash(num_perm=_PERMUTATIONS, seed=0)
         self._lsh = rensa.RMinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS, num_bands=_bands(threshold))
         self._signatures: dict[int, object] = {}
 
     def add(self, number: int, words: list[str]) -> None:
-        """Remember a text under its number; one without words says nothing."""
-        if not words:
-            return
+        """Remember a text under its number; one without words of its own says nothing."""
         signature = self._signature(words)
-        self._lsh.insert(number, signature)
-        self._signatures[number] = signature
+        if signature is not None:
+            self._lsh.insert(number, signature)
+            self._signatures[number] = signature
 
     def find(self, words: list[str]) -> int | None:
         """The smallest number of a remembered text at least as similar as the threshold; None when there is none."""
-        if not words:
-            return None
         signature = self._signature(words)
+        if signature is None:
+            return None
         near = (n for n in self._lsh.query(signature) if self._signatures[n].jaccard(signature) >= self.threshold)
         return min(near, default=None)
 
-    def _signature(self, words: list[str]) -> object:
+    def _signature(self, words: list[str]) -> object | None:
+        own = [text for text in shingles(words) if text not in self.usual] if words else []
+        if not own:
+            return None
         made = self._new()
-        made.update(shingles(words))
+        made.update(own)
         return made
 
 

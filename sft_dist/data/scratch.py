@@ -4,8 +4,8 @@ A slice is read, mended, tokenised by one worker with no knowledge of the others
 what is a repeat and which documents share a row. So a killed preparation does only what is missing, and a task of a job
 array does its part.
 
-    records.npy        one RECORD a kept record
-    documents.npy      one DOCUMENT a document, in the order of the records
+    records            one RECORD a kept record
+    documents          one DOCUMENT a document, in the order of the records
     documents.bin      of each document its ids, then its target flags as bits
     conversations.jsonl   the records as text, where something later needs them (`text_at` points into it)
     rejects.jsonl      the drops
@@ -29,6 +29,7 @@ import numpy as np
 from sft_dist.data.records import Conversation, Document, Drop, Turn
 from sft_dist.files import publish
 
+_FLUSH_RECORDS = 65_536
 NO_TEXT = np.uint64((1 << 64) - 1)
 TRAIN, VALIDATION = 0, 1
 RECORD = np.dtype(
@@ -36,6 +37,7 @@ RECORD = np.dtype(
         ("line", "<u8"),  # of the source; with the slice's prefix it makes `where`
         ("content", "<u8", (2,)),  # digest of everything said
         ("prompt", "<u8", (2,)),
+        ("opening", "<u8", (2,)),  # what is asked first
         ("text_at", "<u8"),
         ("documents", "<u4"),
         ("targets", "<u4"),  # tokens
@@ -81,26 +83,29 @@ class SliceWriter:
         self.staged.mkdir(parents=True)
         self._blob = (self.staged / "documents.bin").open("wb")
         self._texts = (self.staged / "conversations.jsonl").open("wb")
-        self._rejects = (self.staged / "rejects.jsonl").open("w")
+        # half a character in a reject is spelled out: what is told must not fail
+        self._rejects = (self.staged / "rejects.jsonl").open("w", encoding="utf-8", errors="backslashreplace")
+        self._tables = [(self.staged / name).open("wb") for name in ("records", "documents")]
         self._records: list[tuple] = []
         self._digests: list[bytes] = []
         self._documents: list[tuple[int, int]] = []
         self._labels: dict[str, int] = {}
         self._prefix, self._at, self._text_at = "", 0, 0
+        self.num_tokens = 0  # of the documents so far
         self.counts: Counter[str] = Counter()
         self.drops: Counter[str] = Counter()
 
     def keep(
         self,
         documents: Sequence[Document],
-        digests: tuple[bytes, bytes],
+        digests: tuple[bytes, bytes, bytes],
         *,
         split: int,
         where: str,
         label: str | None = None,
         text: str | None = None,
     ) -> None:
-        """A record that became documents; `digests` of (content, prompt), 16 bytes each; `text`: its JSON, to be kept."""
+        """A record that became documents; `digests` of (content, prompt, opening), 16 bytes each; `text`: its JSON, to be kept."""
         prefix, _, line = where.rpartition(":")
         if line[0] == "#":
             prefix, line = f"{prefix}:#", line[1:]
@@ -114,6 +119,7 @@ class SliceWriter:
             self._blob.write(blob)
             self._at += len(blob)
             targets += document.num_targets
+            self.num_tokens += len(document.ids)
         text_at = NO_TEXT
         if text is not None:
             text_at, line_bytes = self._text_at, text.encode() + b"\n"
@@ -122,31 +128,33 @@ class SliceWriter:
         place = -1 if label is None else self._labels.setdefault(label, len(self._labels))
         self._digests.append(b"".join(digests))
         self._records.append((int(line), text_at, len(documents), targets, place, split))
+        if len(self._records) >= _FLUSH_RECORDS:
+            self._flush()
 
     def drop(self, drop: Drop) -> None:
         """A record that is left out."""
         self.drops[drop.reason] += 1
         self._rejects.write(json.dumps(asdict(drop), ensure_ascii=False) + "\n")
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the documents so far."""
-        return sum(tokens for _, tokens in self._documents)
-
     def publish(self, **about: Any) -> None:
         """Flush everything and give the folder its name."""
-        for file in (self._blob, self._texts, self._rejects):
+        self._flush()
+        for file in (self._blob, self._texts, self._rejects, *self._tables):
             file.close()
-        np.save(self.staged / "records.npy", self._table())
-        np.save(self.staged / "documents.npy", np.array(self._documents, DOCUMENT))
         values = {"counts": self.counts, "drops": self.drops, "labels": list(self._labels), "prefix": self._prefix}
         (self.staged / "about.json").write_text(json.dumps(values | about))
         publish(self.staged, self.folder)
 
+    def _flush(self) -> None:
+        """What was kept so far, to the tables on disk: the memory of a slice does not grow with it."""
+        self._table().tofile(self._tables[0])
+        np.array(self._documents, DOCUMENT).tofile(self._tables[1])
+        self._records, self._digests, self._documents = [], [], []
+
     def _table(self) -> np.ndarray:
         table = np.empty(len(self._records), RECORD)
-        digests = np.frombuffer(b"".join(self._digests), "<u8").reshape(-1, 4)
-        table["content"], table["prompt"] = digests[:, :2], digests[:, 2:]
+        digests = np.frombuffer(b"".join(self._digests), "<u8").reshape(-1, 3, 2)
+        table["content"], table["prompt"], table["opening"] = digests[:, 0], digests[:, 1], digests[:, 2]
         columns = zip(*self._records, strict=True) if self._records else [[]] * 6
         for name, column in zip(("line", "text_at", "documents", "targets", "label", "split"), columns, strict=True):
             table[name] = column
@@ -168,12 +176,12 @@ class SliceFolder:
     @property
     def records(self) -> np.ndarray:
         """RECORD [records]."""
-        return np.load(self.folder / "records.npy")
+        return np.fromfile(self.folder / "records", RECORD)
 
     @property
     def documents(self) -> np.ndarray:
         """DOCUMENT [documents]."""
-        return np.load(self.folder / "documents.npy")
+        return np.fromfile(self.folder / "documents", DOCUMENT)
 
     def where(self, line: int) -> str:
         """`file:line` of a record."""
@@ -193,7 +201,7 @@ class Slices:
     def __init__(self, folders: Sequence[Path], dtype: Any) -> None:
         self.dtype = np.dtype(dtype)
         self.parts = [SliceFolder(folder, self.dtype) for folder in folders]
-        sizes = [len(np.load(folder / "records.npy", mmap_mode="r")) for folder in folders]
+        sizes = [(folder / "records").stat().st_size // RECORD.itemsize for folder in folders]
         self.bases = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         self._tables: dict[int, np.ndarray] = {}
 
@@ -208,7 +216,7 @@ class Slices:
         """One record by its number."""
         place = self._part(number)
         if place not in self._tables:
-            self._tables[place] = np.load(self.parts[place].folder / "records.npy", mmap_mode="r")
+            self._tables[place] = np.memmap(self.parts[place].folder / "records", RECORD, "r")
         return self._tables[place][number - self.bases[place]]
 
     def where(self, number: int) -> str:
@@ -241,14 +249,18 @@ class DocumentReader:
             if len(self._files) >= 64:  # documents of a row window come from few slices
                 os.close(self._files.pop(next(iter(self._files))))
             self._files[part] = os.open(self._slices.parts[part].folder / "documents.bin", os.O_RDONLY)
-        size = self._slices.dtype.itemsize
-        blob = os.pread(self._files[part], tokens * size + -(-tokens // 8), at)
-        ids = np.frombuffer(blob, self._slices.dtype, tokens)
-        targets = np.unpackbits(np.frombuffer(blob, np.uint8, offset=tokens * size), count=tokens).view(bool)
+        file, size, where = self._files[part], self._slices.dtype.itemsize, self._slices.parts[part].about["prefix"]
+        if count == tokens:
+            blob = os.pread(file, tokens * size + -(-tokens // 8), at)
+            ids, bits, skip = np.frombuffer(blob, self._slices.dtype, tokens), blob[tokens * size :], 0
+        else:  # no more than the piece: the document may be a whole book
+            ids = np.frombuffer(os.pread(file, count * size, at + start * size), self._slices.dtype)
+            first, last = start // 8, -(-(start + count) // 8)
+            bits, skip = os.pread(file, last - first, at + tokens * size + first), start % 8
+        targets = np.unpackbits(np.frombuffer(bits, np.uint8), count=skip + count).view(bool)[skip:]
         if count < tokens:
-            ids, targets = ids[start : start + count], targets[start : start + count].copy()
             targets[0] = False
-        return Document(ids, targets, self._slices.parts[part].about["prefix"])
+        return Document(ids, targets, where)
 
     def close(self) -> None:
         """Close what was opened."""

@@ -120,7 +120,7 @@ def _keep_ids(job: Job, piece: Piece, writer: SliceWriter, document: Document) -
     share = int.from_bytes(hashlib.blake2b(digest, key=str(job.config.seed).encode()).digest()[:8], "big")
     is_held_out = piece.is_validation or share < job.config.validation_fraction * 2**64
     writer.keep(
-        parts, (digest, digest), split=VALIDATION if is_held_out else TRAIN, where=document.where
+        parts, (digest, digest, digest), split=VALIDATION if is_held_out else TRAIN, where=document.where
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@ import errno
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 from collections import Counter
@@ -375,19 +376,23 @@ def test_a_label_that_only_validation_has_is_refused(tmp_path, tokenizer_folder,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_prompt_that_does_not_fit_with_another_label_is_refused(tmp_path, tokenizer_folder):
+def test_a_prompt_that_does_not_fit_with_another_label_is_not_scored_and_counted(tmp_path, tokenizer_folder):
     tokenizer = Tokenizer.load(str(tokenizer_folder))
     long = " ".join(map(sentence, range(6)))
     seq_len = len(tokenizer.encode(SPAM.format(text=long) + " ham")) + 1
     train = labelled(tmp_path / "train.tsv", [(("ham", "unsolicited message")[n % 2], sentence(n)) for n in range(20)])
-    held_out = labelled(tmp_path / "held.tsv", [("ham", long)])
+    held_out = labelled(tmp_path / "held.tsv", [("ham", long), ("ham", sentence(50))])
     config = label_config(train, tmp_path / "out", tokenizer_folder, seq_len=seq_len)
     source = config.sources[0].model_copy(update={"path": str(held_out)})
     config = config.model_copy(update={"validation_sources": [source]})
-    message = r"held\.tsv:1: does not fit a row with the answer 'unsolicited message'; raise prepare\.seq_len"
-    with pytest.raises(DataError, match=message):
-        prepare(config)
-    prepare(config.model_copy(update={"seq_len": seq_len + 20}))
+    report = prepare(config)
+    assert report.funnel["validation"] == 2
+    assert report.funnel["long"] == {"unscored_labels": 1}
+    assert "1 validation records are not scored by label" in report.describe()
+    about = json.loads((tmp_path / "out" / "labels" / "labels.json").read_text())
+    assert (about["truth"], sorted(about["candidates"])) == ([0], [[0, 0], [0, 1]])
+    wide = config.model_copy(update={"seq_len": seq_len + 20, "out": str(tmp_path / "wide")})
+    assert prepare(wide).funnel["long"] == {}
 
 
 @pytest.mark.parametrize("duplicates", [True, False])
@@ -689,3 +694,85 @@ def test_the_wrong_schema_is_told_before_much_is_read(tmp_path, tokenizer_folder
         DataError, match=r"none of the first 1,000 records can be read \(.*a\.jsonl:1: missing_key: no 'text'"
     ):
         prepare(config_of(path, tmp_path / "out", tokenizer_folder, schema="text"))
+
+
+def test_a_template_that_was_edited_is_another_preparation(tmp_path, tokenizer_folder, small_slices):
+    template = tmp_path / "t.jinja"
+    source = "{% for m in messages %}{{ m.role }} OLD: {{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}\n{% endfor %}"
+    template.write_text(source + "{% if add_generation_prompt %}assistant OLD: {% endif %}")
+    config = config_of(pairs(tmp_path / "a.jsonl", range(20)), tmp_path / "out", tokenizer_folder)
+    config = config.model_copy(update={"template": str(template)})
+    prepare(config, task=Task(0, 2))
+    template.write_text(template.read_text().replace("OLD", "NEW"))
+    with pytest.raises(DataError, match="was begun with other settings or sources"):
+        prepare(config, task=Task(1, 2))
+    prepare(config)
+    tokenizer = Tokenizer.load(str(tmp_path / "out" / "tokenizer"))
+    texts = decoded(Shards.open(tmp_path / "out" / "train"), tokenizer)
+    assert len(texts) == 20
+    assert all("NEW" in text and "OLD" not in text for text in texts)
+    template.write_text(template.read_text().replace("NEW", "NEWER"))
+    with pytest.raises(DataError, match="what the template makes of a conversation"):
+        prepare(config)
+
+
+def test_an_evaluation_file_that_changed_is_another_preparation(tmp_path, tokenizer_folder):
+    evaluation = pairs(tmp_path / "eval.jsonl", [70])
+    curate = CurateConfig(decontaminate=[SourceConfig(path=str(evaluation), schema="prompt_response")])
+    config = config_of(pairs(tmp_path / "a.jsonl", range(20)), tmp_path / "out", tokenizer_folder, curate=curate)
+    prepare(config)
+    assert prepare(config).was_already_prepared
+    pairs(evaluation, [3, 70])
+    with pytest.raises(DataError, match=r"the bytes of .*eval\.jsonl"):
+        prepare(config)
+
+
+def test_fresh_tasks_are_not_swept_away_by_a_plain_prepare(tmp_path, tokenizer_folder, small_slices):
+    path = pairs(tmp_path / "a.jsonl", range(20))
+    config = config_of(path, tmp_path / "out", tokenizer_folder)
+    prepare(config)
+    pairs(path, range(30))
+    for index in range(2):
+        prepare(config, task=Task(index, 2), fresh=True)
+    for more in ({}, {"only_merge": True}):
+        with pytest.raises(DataError, match="was prepared otherwise"):
+            prepare(config, **more)
+    assert prepare(config, only_merge=True, fresh=True).funnel["train"] == 30
+
+
+def test_later_tasks_take_the_plan_of_the_first(tmp_path, tokenizer_folder, small_slices, monkeypatch):
+    config = config_of(pairs(tmp_path / "a.jsonl", range(30)), tmp_path / "out", tokenizer_folder)
+    prepare(config, task=Task(0, 2))
+
+    def never(*_):
+        raise AssertionError("the sources are read once more")
+
+    with monkeypatch.context() as patch:
+        for name in ("digest", "slices"):
+            patch.setattr(f"sft_dist.data.build.{name}", never)
+        prepare(config, task=Task(1, 2))
+        assert prepare(config, only_merge=True).funnel["train"] == 30
+
+
+def test_a_shared_instruction_makes_no_near_repeats(tmp_path, tokenizer_folder):
+    shared = " ".join(map(sentence, range(4)))
+    records = [{"prompt": f"{shared} {sentence(n)}", "response": f"yes {n}"} for n in range(5, 205)]
+    config = config_of(write_lines(tmp_path / "a.jsonl", records), tmp_path / "out", tokenizer_folder, seq_len=1024)
+    curate = CurateConfig(near_duplicates=0.9)
+    report = prepare(config.model_copy(update={"curate": curate, "validation_fraction": 0.1}))
+    assert report.funnel["train"] + report.funnel["validation"] > 150
+
+
+def test_concat_reads_no_more_of_a_book_than_a_row(tmp_path, tokenizer_folder):
+    ids = np.random.default_rng(0).integers(3, 300, 400_000).astype(np.uint16)
+    ids.tofile(tmp_path / "book.bin")
+    source = SourceConfig(path=str(tmp_path / "book.bin"), format="nanogpt")
+    config = config_of(tmp_path / "book.bin", tmp_path / "out", tokenizer_folder, packing="concat", rows_per_shard=700)
+    config = config.model_copy(update={"sources": [source]})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    prepare(config)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB; whole books: gigabytes
+    batch = (shards := Shards.open(tmp_path / "out" / "train")).rows(np.arange(shards.num_rows))
+    rows = [tokens[:length] for tokens, length in zip(batch.tokens, batch.lengths, strict=True)]
+    assert np.array_equal(np.concatenate([rows[0], *(row[1:] for row in rows[1:])]), ids)
+    assert batch.targets.sum() == len(ids) - 1

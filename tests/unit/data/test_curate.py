@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sft_dist.config import CurateConfig
-from sft_dist.data.curate import Curator, digests, is_validation, prompt_digest, repetition, symbols, words
+from sft_dist.data.curate import Curator, digests, is_validation, repetition, symbols, words
 from sft_dist.data.records import Conversation, Drop, Turn
 from sft_dist.errors import ConfigError
 
@@ -99,8 +99,9 @@ def test_correct_text_is_never_touched(good):
 @settings(deadline=None, max_examples=150)
 def test_the_quick_look_for_mojibake_misses_none_that_ftfy_repairs(good, codec):
     spoiled = good.encode().decode(codec, "ignore").strip() or "x"
-    wanted = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]", "", ftfy.fix_encoding(f"a{spoiled}z"))
-    assert mend(spoiled, normalise=None)[0] == wanted[1:-1]
+    wanted = re.sub("\r\n?|[\x0b\x0c\x85]", "\n", ftfy.fix_encoding(f"a{spoiled}z"))
+    wanted = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]", "", wanted)
+    assert mend(spoiled, normalise=None, outer_white_space=False)[0] == wanted[1:-1]
 
 
 @given(st.text(), st.sampled_from(["NFC", "NFKC", None]))
@@ -196,7 +197,7 @@ def test_digests_are_blind_to_white_space_and_to_nothing_else(said, spaces, data
     ]
     other = data.draw(st.sampled_from(others))
     assert digests(other)[0] != digests(plain)[0]
-    assert digests(pair(spaced, "another"))[1] == digests(plain)[1] == prompt_digest(plain)
+    assert digests(pair(spaced, "another"))[1] == digests(plain)[1]
 
 
 @given(st.text(), st.text(), st.integers(0, 9))
@@ -218,4 +219,47 @@ def test_the_share_is_about_right_and_growing_it_moves_nothing_back():
 
 
 def test_words_have_no_case_and_no_punctuation():
-    assert words("STRASSE, Straße; 你好 — x_1!") == ["strasse", "strasse", "你好", "x_1"]
+    assert words("STRASSE, Straße; 你好 — x_1!") == ["strasse", "strasse", "你", "好", "x_1"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("a\rb", "a\nb"), ("a\r\nb", "a\nb"), ("page\x0cNext", "page\nNext"), ("a\x85é", "a\né"), ("a\x00b", "ab")],
+)
+def test_old_line_ends_do_not_join_words(before, after):
+    assert mend(before, mojibake=False)[0] == after
+
+
+def test_white_space_around_a_text_goes_counted_or_stays():
+    for keeps, after, counted in ((False, "  x = 1\n", {}), (True, "x = 1", {"outer_white_space": 1})):
+        curator = Curator(CurateConfig(outer_white_space=keeps))
+        assert curator(text("  x = 1\n")).turns[0].content == after
+        assert curator.mended == counted
+    blank = Conversation((Turn("user", "a"), Turn("assistant", " \n", True)), "f:1")
+    assert Curator(CurateConfig(outer_white_space=False))(blank).reason == "empty_response"
+
+
+def test_what_is_learned_and_the_tools_make_another_record():
+    turns = (Turn("user", "a"), Turn("assistant", "b", True), Turn("user", "c"), Turn("assistant", "d", True))
+    plain = Conversation(turns, "f:1")
+    muted = Conversation((turns[0], Turn("assistant", "b"), *turns[2:]), "f:2")
+    tools = Conversation(turns, "f:3", None, [{"type": "function", "function": {"name": "f"}}])
+    assert len({digests(each)[0] for each in (plain, muted, tools)}) == 3
+    assert digests(plain)[1] == digests(muted)[1] != digests(tools)[1]
+
+
+def test_a_conversation_that_goes_on_is_on_the_side_of_its_beginning():
+    first = (Turn("user", "a"), Turn("assistant", "b", True))
+    more = (Turn("system", "s"), *first, Turn("user", "c"), Turn("assistant", "d", True))
+    short, long = Conversation(first, "f:1"), Conversation(more, "f:2")
+    assert digests(short)[2] == digests(long)[2]
+    assert all(is_validation(short, 0.5, seed) == is_validation(long, 0.5, seed) for seed in range(20))
+
+
+def test_half_a_character_in_a_tool_call_is_a_drop_and_an_empty_tool_result_is_not():
+    call = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": "\ud800"}}}]}
+    curator = Curator(CurateConfig())
+    asked = Turn("user", "go")
+    assert curator(Conversation((asked, Turn("assistant", "", True, call)), "f:1")).reason == "invalid_unicode"
+    turns = (asked, Turn("assistant", "x", True), Turn("tool", ""), Turn("assistant", "done", True))
+    assert curator(Conversation(turns, "f:1")).turns == turns

@@ -84,7 +84,7 @@ def test_of_exact_repeats_in_any_slice_the_first_stays_and_is_named(make):
     first = {}
     for line, record in enumerate(records, 1):
         first.setdefault(tuple(" ".join(text.split()) for text in record), line)
-    assert made.funnel == Funnel(40, 12, 0, {"duplicate": 28})
+    assert made.funnel == Funnel(40, 12, 0, {"duplicate": 28}, {"outer_white_space": 1})
     assert made.rejects == {
         line: ("duplicate", f"the same as a.jsonl:{first[tuple(' '.join(text.split()) for text in record)]}")
         for line, record in enumerate(records, 1)
@@ -152,9 +152,9 @@ def test_of_near_repeats_the_first_stays_and_is_named(make):
 def test_what_holds_an_evaluation_text_is_not_trained_on(make, tmp_path):
     records = [(sentence(n, 20), f"yes {n}") for n in range(10)]
     records[2] = (f"once {sentence(70, 20).upper()}", "yes")
-    records[6] = ("say it", f"{sentence(71, 12)}, twice")
+    records[6] = ("say it", f"{sentence(71, 13)}, twice")
     records[8] = (" ".join(sentence(70, 20).split()[:12]), "yes")  # one word too few
-    evaluation = [("short", "no"), (sentence(70, 20), "a"), ("b", sentence(71, 12))]
+    evaluation = [("short", "no"), (sentence(70, 20), "a"), ("b", sentence(71, 13))]
     files = [source(tmp_path / "eval.jsonl", evaluation), source(tmp_path / "more.jsonl", [(sentence(72), "c")])]
     files[1] = files[1].model_copy(update={"schema_": None})  # found from its records
     made = make(records, {"decontaminate": files}, seq_len=512)
@@ -197,7 +197,7 @@ def test_reasons_are_told_together_and_the_sum_is_exact(make):
     assert reasons[24] == "empty_prompt"
     assert made.funnel.read == 25
     assert made.funnel.validation > 0
-    assert made.funnel.mended == {"unicode": 1}
+    assert made.funnel.mended == {"outer_white_space": 1, "unicode": 1}
 
 
 def test_token_files_beside_texts_that_are_compared(tmp_path, tokenizer_folder):

@@ -297,10 +297,22 @@ CHAT = {"messages": [{"role": "user", "content": "a"}], "prompt": "a", "response
     [
         ("a.txt.gz", "", {}, "text", "schema text (a txt file)"),
         ("a.bin", "", {"format": "megatron"}, "tokens", "schema tokens (format megatron)"),
-        ("a.jsonl", json.dumps(CHAT), {}, "messages", "schema messages (keys messages, prompt, response)"),
+        (
+            "a.jsonl",
+            json.dumps(CHAT),
+            {},
+            "messages",
+            "schema messages (keys messages, prompt, response; not used: prompt, response)",
+        ),
         ("a.json", '[{"conversations": [{"from": "human", "value": ""}]}]', {}, "sharegpt", "(keys conversations)"),
         ("a.jsonl", '{"talk": [{"role": "user"}]}', {"messages": "talk"}, "messages", "(keys talk)"),
-        ("a.csv", "instruction,input,output,text\na,b,c,d\n", {}, "alpaca", "(keys instruction, input, output, text)"),
+        (
+            "a.csv",
+            "instruction,input,output,text\na,b,c,d\n",
+            {},
+            "alpaca",
+            "(keys instruction, input, output, text; not used: text)",
+        ),
         ("a.jsonl", '{"instruction": "", "instances": []}', {}, "self_instruct", "(keys instruction, instances)"),
         (
             "a.jsonl",
@@ -314,8 +326,8 @@ CHAT = {"messages": [{"role": "user", "content": "a"}], "prompt": "a", "response
         ("a.jsonl", '{"q": "", "a": "", "text": ""}', {"prompt": "q", "response": "a"}, "prompt_response", "is 'q'"),
         ("a.jsonl", '{"text": "", "label": 1}', {}, "label", "(keys text, label)"),
         ("a.csv", "ham,hi\n", {"text": 1, "label": 0}, "label", "(keys 0, 1)"),
-        ("a.csv", "ham,hi\n", {"text": 1}, "text", "(keys 0, 1)"),
-        ("a.jsonl", '{"text": "", "id": 1}', {}, "text", "schema text (keys text, id)"),
+        ("a.csv", "ham,hi\n", {"text": 1}, "text", "(keys 0, 1; not used: 0)"),
+        ("a.jsonl", '{"text": "", "id": 1}', {}, "text", "schema text (keys text, id; not used: id)"),
     ],
 )
 def test_the_schema_is_found_from_the_first_records(tmp_path, name, content, more, schema, said):
@@ -331,8 +343,16 @@ def test_the_schema_is_found_from_the_first_records(tmp_path, name, content, mor
     [
         ('{"a": 1, "b": 2}', {}, "no schema fits the keys a, b; name the schema and its columns"),
         ('{"messages": [], "conversations": "a"}', {}, "no schema fits the keys messages, conversations"),
-        ('{"text": "a", "labl": "b"}', {"label": "lbl"}, "no schema fits the keys text, labl"),
-        ('{"prompt": "a", "answer": "b"}', {"response": "x"}, "no schema fits the keys prompt, answer"),
+        (
+            '{"text": "a", "labl": "b"}',
+            {"label": "lbl"},
+            "no column 'lbl'; the columns are 'text', 'labl'; did you mean 'labl'",
+        ),
+        (
+            '{"prompt": "a", "answer": "b"}',
+            {"response": "x"},
+            "no column 'x'; the columns are 'prompt', 'answer'; name the right ones",
+        ),
         (
             '{"text": "a", "label": "b", "input": "", "output": ""}',
             {},
@@ -353,3 +373,34 @@ def test_a_schema_that_is_not_clear_is_an_error(tmp_path, content, more, message
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(DataError, match=message):
         detect(SourceConfig(path=str(tmp_path / "a.jsonl"), **more))
+
+
+def test_alpaca_with_a_system_message_and_a_history(tmp_path):
+    row = {"instruction": "c", "input": "", "output": "d", "system": "s", "history": [["a", "b"]]}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "history": ["a"]}) + "\n")
+    source = SourceConfig(path=str(path), schema="alpaca")
+    made, bad = (item for piece in slices(source, 1 << 20) for item in read(piece, source))
+    roles = [(turn.role, turn.content, turn.is_target) for turn in made.turns]
+    answers = [("assistant", "b", True), ("assistant", "d", True)]
+    assert roles == [("system", "s", False), ("user", "a", False), answers[0], ("user", "c", False), answers[1]]
+    assert (bad.reason, bad.detail) == ("wrong_type", "'history' is not a list of [question, answer]")
+
+
+def test_the_older_function_call_is_a_tool_call(tmp_path):
+    call = {"name": "f", "arguments": '{"a": 1}'}
+    messages = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "so", "function_call": call}]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    source = SourceConfig(path=str(path), schema="messages")
+    [made] = [item for piece in slices(source, 1 << 20) for item in read(piece, source)]
+    function = {"name": "f", "arguments": {"a": 1}}
+    assert made.turns[1].extra == {"tool_calls": [{"type": "function", "function": function}]}
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,response,response\na,b,c\n")
+    source = SourceConfig(path=str(path), schema="prompt_response")
+    with pytest.raises(DataError, match="the column 'response' is there twice, and which one is meant cannot be told"):
+        [item for piece in slices(source, 1 << 20) for item in read(piece, source)]

@@ -25,7 +25,7 @@ def document_of(ids, targets=None):
 
 
 def digests_of(number):
-    return number.to_bytes(16, "little"), (number + 1).to_bytes(16, "little")
+    return tuple((number + n).to_bytes(16, "little") for n in range(3))
 
 
 def written(folder, records=(), dtype=np.uint16, prefix="f:", **about):
