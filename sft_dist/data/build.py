@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -354,9 +355,8 @@ def _adopt(job: Job) -> None:
     global _JOB
     _JOB = job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
-    ctypes.CDLL(None).prctl(
-        1, signal.SIGKILL
-    )  # PR_SET_PDEATHSIG: a worker must not outlive a killed parent, nor its lock
+    if sys.platform == "linux":  # PR_SET_PDEATHSIG: a worker must not outlive a killed parent, nor its lock
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _work(number: int) -> int:
@@ -485,4 +485,4 @@ def _changed(name: str, before: Any, now: Any) -> list[str]:
 
 def available_workers() -> int:
     """The cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

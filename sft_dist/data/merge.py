@@ -81,9 +81,8 @@ class Fates:
         size = max(1, len(slices))
         self.codes = np.memmap(scratch / "fates", np.uint8, "w+", shape=(size,))[: len(slices)]
         self.others = np.memmap(scratch / "others", np.int64, "w+", shape=(size,))[: len(slices)]
-        self.contaminants: dict[
-            str, int
-        ] = {}  # `where` of evaluation texts -> what `others` of a contaminated record is
+        # `where` of an evaluation text -> its number, which `others` of a contaminated record holds
+        self.contaminants: dict[str, int] = {}
         for _, base, records in slices.each():
             self.codes[base : base + len(records)] = records["split"]
 
@@ -235,13 +234,8 @@ def merge(job: Job, out: Path, scratch: Path, executor: Executor | None, progres
     _write_rejects(out / "rejects.jsonl", slices, fates)
     _check_share(job.config, slices, funnel, out / "rejects.jsonl")
     if not funnel.train:
-        hint = (
-            ""
-            if "boundary_merge" not in funnel.drops
-            else (
-                "; boundary_merge means that this tokenizer joins the template's text with an answer's: use another template"
-            )
-        )
+        joins = "; boundary_merge: this tokenizer joins the template's text with the answers'; use another template"
+        hint = joins if "boundary_merge" in funnel.drops else ""
         raise DataError(
             f"prepare.sources: no record is left to train on ({funnel.counts()}); see {out / 'rejects.jsonl'}{hint}"
         )
