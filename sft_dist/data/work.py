@@ -139,7 +139,7 @@ def documents_of(
         if isinstance(document, Drop):
             return document
         context = 1 if is_text else config.seq_len // 8
-        parts = [document] if config.packing == "concat" else _fitted(document, config, context, counts)
+        parts = _fitted(document, config, context, counts)
         if isinstance(parts, Drop):
             return parts
         made += parts
