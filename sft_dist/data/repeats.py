@@ -1,7 +1,7 @@
 """Which records say what another one says: exactly, nearly, or with an evaluation text inside.
 
 Exact repeats are found on disk, in memory that does not grow with the corpus. Near repeats keep a MinHash signature of each
-record in memory: about 3 KB and 0.1 ms of one core a record.
+record in memory: 2 KB at a threshold of 0.8, 5 KB at 0.5, and about 0.05 ms of one core for each 100 words.
 """
 
 from __future__ import annotations
