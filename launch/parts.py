@@ -19,7 +19,7 @@ import transformers
 import yaml
 
 from sft_dist.attention import prove_isolation as _prove
-from sft_dist.checkpoint import Checkpoints, TrainState
+from sft_dist.checkpoint import Checkpoints, Retention, TrainState
 from sft_dist.comms import Comms
 from sft_dist.config import zero_stage
 from sft_dist.data.build import read_conversations
@@ -97,11 +97,12 @@ def checkpoints(plan: Plan, identity: dict[str, Any]) -> Checkpoints:
         "model": plan.run_dir / "model",
         "tokenizer": plan.shards_dir / "tokenizer",
     }
+    kept = plan.config.checkpoint
     return Checkpoints(
         plan.run_dir / "checkpoints",
         identity=identity,
         attachments=attachments,
-        keep_last=plan.config.checkpoint.keep_last,
+        retention=Retention(kept.keep_last, kept.keep_best, kept.keep_every_steps),
         stage=zero_stage(plan.zero),
     )
 
@@ -132,10 +133,10 @@ def prove_isolation(plan: Plan, engine: Engine, made: Any) -> float:
 
 def resume(plan: Plan, checkpoints: Checkpoints, engine: Engine) -> tuple[TrainState, str]:
     """The state to go on from, and a line that says so."""
-    path = checkpoints.newest()
-    if path is None:
+    found = checkpoints.restore(engine.fragments)
+    if found is None:
         return TrainState(), "starting at step 0"
-    state = checkpoints.restore(path, engine.fragments())
+    path, state = found
     engine.restored(state.adam_step)
     lines = [f"resuming from step {state.step} of {plan.steps(state)} ({path})"]
     before = yaml.safe_load((path / "run.yaml").read_text())["train"]

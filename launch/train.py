@@ -171,10 +171,11 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
         checkpoints.check()
 
     comms, device = parts.comms(plan)
-    checkpoints.comms = comms
+    checkpoints.join(comms)
     if plan.topology.is_main:
         if plan.is_fresh:
             set_aside(plan.run_dir)
+        checkpoints.sweep()
         parts.write_run_files(plan, made)
     comms.barrier()
 

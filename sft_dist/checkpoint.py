@@ -1,32 +1,30 @@
 """Checkpoints that any number of GPUs can pick up, and what it means for one to be complete.
 
-Each rank hands its runs of the fp32 masters and Adam moments to PyTorch's distributed checkpoint (DCP) as (global length,
-offset, local tensor); DCP re-slices them at load time. Files are safetensors and JSON: nothing is ever unpickled.
-A checkpoint is staged, fsynced and renamed; its manifest is written last. Complete means: the manifest verifies.
+Each rank copies its runs of the fp32 masters and Adam moments to host memory, and the step loop goes on; a thread writes
+them, and the main rank's publishes. Files are safetensors and JSON: nothing is ever unpickled. A checkpoint is staged,
+fsynced and renamed; its manifest is written last. Complete means: the manifest verifies, and so does each byte when read.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
-import warnings
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
-
-import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from sft_dist.comms import Comms
 from sft_dist.errors import CheckpointError
-from sft_dist.files import describe, digest_of, publish, sync
+from sft_dist.files import BLOCK_BYTES, digest_of, make_folder, publish, set_aside, sync, write_blocks
 from sft_dist.layout import Fragment
+from sft_dist.store import Reader, Snapshot, check_index, index, opened, read_block, read_whole
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _log = logging.getLogger("sft_dist")
 
 
@@ -34,7 +32,8 @@ _log = logging.getLogger("sft_dist")
 class TrainState:
     """All that a run has to know about its past besides weights and moments; kept in `state.json`.
 
-    `rows_consumed` is the whole state of the data: the stream of rows is a pure function of the seed.
+    `rows_consumed` is the whole state of the data: the stream of rows is a pure function of the seed. `evaluated` is the
+    last (step, validation loss).
     """
 
     step: int = 0
@@ -43,6 +42,7 @@ class TrainState:
     target_tokens: int = 0
     adam_step: int = 0
     gpu_seconds: float = 0.0
+    evaluated: tuple[int, float] | None = None
 
     def after(self, *, rows: int, tokens: int, target_tokens: int, adam_step: int, gpu_seconds: float) -> TrainState:
         """The state one step later.
@@ -61,43 +61,56 @@ class TrainState:
             gpu_seconds=self.gpu_seconds + gpu_seconds,
         )
 
-
-class Run(torch.Tensor):
-    """A contiguous run of a flattened tensor, in the shape DCP asks for: global length, offset, local values."""
-
-    @staticmethod
-    def __new__(cls, values: torch.Tensor, length: int, offset: int) -> Run:
-        made = torch.Tensor._make_wrapper_subclass(cls, (length,), dtype=values.dtype, device=values.device)
-        made.values_, made.offset_ = values, offset
-        return made
-
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.detach.default:
-            return args[0]
-        raise TypeError(f"a Run only carries values to a checkpoint; {function} is not for it")
-
-    def _chunk(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(torch.Size([self.offset_]), torch.Size([self.values_.numel()]))
-
-    def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
-        properties = TensorProperties(dtype=self.values_.dtype)
-        data = TensorWriteData(chunk=self._chunk(), properties=properties, size=self.size())
-        return [WriteItem(MetadataIndex(name, self._chunk().offsets), WriteItemType.SHARD, tensor_data=data)]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [self._chunk()]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
-        return self.values_
+    def from_json(cls, text: str | bytes) -> TrainState:
+        """Read what `asdict` and JSON made of one; unknown keys are an error. Raises ValueError or TypeError."""
+        values = json.loads(text)
+        if values.get("evaluated") is not None:
+            values["evaluated"] = tuple(values["evaluated"])
+        return cls(**values)
 
 
-def _state_dict(fragments: Iterable[Fragment]) -> dict[str, Run]:
-    return {
-        f"{kind}/{fragment.name}": Run(values, fragment.length, fragment.offset)
-        for fragment in fragments
-        for kind, values in fragment.values.items()
-    }
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """How a save went: where to, what it cost, or why it failed (then it is to be tried again)."""
+
+    step: int
+    path: Path
+    num_bytes: int = 0
+    stall_seconds: float = 0.0  # the step loop was held
+    write_seconds: float = 0.0  # behind it: writing, digesting, fsync, publishing
+    failure: str | None = None
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """As the metrics name them."""
+        speed = self.num_bytes / max(self.write_seconds, 1e-9) / 1e9
+        return {
+            "checkpoint_stall_seconds": self.stall_seconds,
+            "checkpoint_write_seconds": self.write_seconds,
+            "checkpoint_bytes": self.num_bytes,
+            "checkpoint_gb_per_second": speed,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Which complete checkpoints stay: the last ones, those of the lowest validation loss, every n-th for good."""
+
+    keep_last: int = 2
+    keep_best: int = 0
+    keep_every_steps: int | None = None
+
+    def kept(self, losses: Mapping[int, float | None]) -> set[int]:
+        """The steps that stay, of all that there are, each with the validation loss measured at it, if any was.
+
+        >>> sorted(Retention(keep_last=1, keep_best=1, keep_every_steps=100).kept({100: 3.0, 150: 2.0, 180: 2.5, 220: None}))
+        [100, 150, 220]
+        """
+        steps = sorted(losses)
+        best = sorted((loss, -step) for step, loss in losses.items() if loss is not None)[: self.keep_best]
+        every = {step for step in steps if self.keep_every_steps and step % self.keep_every_steps == 0}
+        return set(steps[-self.keep_last :]) | {-step for _, step in best} | every
 
 
 class Checkpoints:
@@ -113,75 +126,159 @@ class Checkpoints:
         *,
         identity: Mapping[str, Any],
         attachments: Mapping[str, Path],
-        keep_last: int,
+        retention: Retention,
         stage: int,
         comms: Comms | None = None,  # joined once the group exists: `check` comes before
     ) -> None:
-        self.comms = comms
-        self.folder, self.keep_last, self.stage = folder, keep_last, stage
+        self.folder, self.retention, self.stage = folder, retention, stage
         self.identity, self.attachments = dict(identity), dict(attachments)
+        self._writer: threading.Thread | None = None
+        self._saved: Saved | None = None
+        # the last step that a save was begun for, and the last that is safe: the same on every rank once none is in flight
+        self.begun_step = self.saved_step = 0
+        self._failures = 0  # in a row
+        if comms is not None:
+            self.join(comms)
 
-    def save(self, fragments: Iterable[Fragment], state: TrainState) -> Path:
-        """Write a complete checkpoint, publish it by one rename, remove what is older than the last `keep_last`."""
+    def join(self, comms: Comms) -> None:
+        """Meet the other ranks; the writers get a group of their own, since they talk while the steps do."""
+        self.comms, self._aside = comms, comms.aside()
+        self._snapshot = Snapshot(comms.topology.rank, comms.topology.world_size)
+
+    def begin(self, fragments: Iterable[Fragment], state: TrainState) -> Saved | None:
+        """Copy the live values, and leave the rest to a thread. At most one save is in flight: one before is waited for.
+
+        Every rank must call it. Returns what became of the one that was waited for.
+        """
+        started = time.perf_counter()
+        before = self.finish()
+        self._snapshot.take(fragments)
+        self.begun_step = state.step
+        stall = time.perf_counter() - started
+        self._writer = threading.Thread(target=self._write, args=(state, stall), name="checkpoint", daemon=True)
+        self._writer.start()
+        return before
+
+    def finished(self) -> Saved | None:
+        """What became of a save that ended since the last call, without waiting; None when there is none."""
+        return self.finish() if self._writer is not None and not self._writer.is_alive() else None
+
+    def finish(self) -> Saved | None:
+        """Wait for the save in flight; returns what became of it, None when there was none."""
+        if self._writer is None:
+            return None
+        self._writer.join()
+        saved, self._writer = self._saved, None
+        if saved.failure is None:
+            self.saved_step, self._failures = saved.step, 0
+        else:
+            self._failures += 1
+            again = (
+                "is tried again after the next step"
+                if self._failures == 1
+                else "is tried again when the next one is due"
+            )
+            _log.error(
+                "step %d could NOT be saved: %s. The run goes on, the checkpoints before are untouched, saving %s: make room",
+                saved.step, saved.failure, again,
+            )  # fmt: skip
+        return saved
+
+    @property
+    def wants_retry(self) -> bool:
+        """Whether this rank knows of a save that failed and was not tried again yet; the ranks must agree to do so."""
+        return self._failures == 1 and self._writer is None
+
+    def save(self, fragments: Callable[[], Iterable[Fragment]], state: TrainState) -> Saved:
+        """Save and wait, as at the end; tried twice. Raises CheckpointError when it cannot be written, on every rank."""
+        for _ in range(2):
+            self.begin(fragments(), state)
+            saved = self.finish()
+            assert saved is not None
+            if saved.failure is None:
+                break
+        else:
+            raise CheckpointError(
+                f"{saved.failure}: the checkpoint cannot be written. Make room or mend the path; the ones before are untouched"
+            )
+        return saved
+
+    def _write(self, state: TrainState, stall: float) -> None:
+        """The thread: every rank writes its file, the main one then publishes; a failure is everybody's, in one line."""
+        started = time.perf_counter()
         final = self.folder / f"step-{state.step:08d}"
         partial = self.folder / f".{final.name}.partial"
-        self._on_main(self._make, partial)
-        writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        dcp.save(_state_dict(fragments), storage_writer=writer, process_group=self.comms.control)
-        mine = {path.name: describe(path) for path in partial.glob(f"shard-{self.comms.topology.rank + 1:05d}-*")}
-        files = {name: entry for part in self.comms.gather(mine) for name, entry in part.items()}
-        self._on_main(self._publish, partial, final, files, state)
-        self._on_main(self._prune, final)
-        return final
+        shard = partial / f"shard-{self.comms.topology.rank + 1:05d}.safetensors"
+        failure = self._attempt(self._make, partial)[1] if self._is_main else None
+        failure = self._aside.broadcast(failure)
+        if failure is None:
+            told = self._aside.gather_to_main(self._attempt(self._snapshot.write, shard))
+            if self._is_main:
+                failure = next((why for _, why in told if why), None)
+                failure = (
+                    failure or self._attempt(self._publish, partial, final, [piece for piece, _ in told], state)[1]
+                )
+                if failure:
+                    shutil.rmtree(partial, ignore_errors=True)
+            failure = self._aside.broadcast(failure)
+        num_bytes = self._aside.sum([self._snapshot.num_bytes])[0]
+        self._saved = Saved(state.step, final, num_bytes, stall, time.perf_counter() - started, failure)
 
-    def _on_main(self, act: Callable[..., None], *arguments: Any) -> None:
-        """Let the main rank act while the others wait; its failure is everybody's, in one line."""
-        failure = None
-        if self.comms.topology.is_main:
-            try:
-                act(*arguments)
-            except OSError as error:
-                failure = f"{error.filename or self.folder}: {error.strerror}"
-        if failure := self.comms.broadcast(failure):
-            raise CheckpointError(
-                f"{failure}: the checkpoint cannot be written. Make room or mend the path; the ones before are untouched"
-            )
+    @property
+    def _is_main(self) -> bool:
+        return self.comms.topology.is_main
+
+    def _attempt(self, act: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
+        """(what it returned, None) or (None, what went wrong in one line)."""
+        try:
+            return act(*arguments), None
+        except OSError as error:
+            return None, f"{error.filename or self.folder}: {error.strerror}"
 
     @staticmethod
     def _make(partial: Path) -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if partial.exists():
+            shutil.rmtree(partial)
+        make_folder(partial)
 
-    def _publish(self, partial: Path, final: Path, files: dict[str, Any], state: TrainState) -> None:
-        (partial / "state.json").write_text(json.dumps(asdict(state), indent=2))
+    def _publish(self, partial: Path, final: Path, pieces: list[Any], state: TrainState) -> None:
+        files = {piece["name"]: piece["entry"] for piece in pieces}
+        files["state.json"] = write_blocks(partial / "state.json", json.dumps(asdict(state), indent=2).encode())
         for name, source in self.attachments.items():
-            if source.is_dir():
-                shutil.copytree(source, partial / name)
-            else:
-                shutil.copyfile(source, partial / name)
-        for path in sorted(partial.rglob("*")):
-            name = path.relative_to(partial).as_posix()
-            if path.is_file() and name not in files:
-                files[name] = describe(path)
+            inside = [path for path in sorted(source.rglob("*")) if path.is_file()] if source.is_dir() else [source]
+            for path in inside:
+                inner = name if path == source else f"{name}/{path.relative_to(source).as_posix()}"
+                (partial / inner).parent.mkdir(parents=True, exist_ok=True)
+                files[inner] = write_blocks(partial / inner, path.read_bytes())
         manifest = {
             "format_version": FORMAT_VERSION,
             "step": state.step,
             "world_size": self.comms.topology.world_size,
             "zero_stage": self.stage,
+            "saved_at": time.time(),
             "identity": self.identity,
+            "block_bytes": BLOCK_BYTES,
             "files": files,
+            "tensors": index(pieces),
         }
         sync(partial)  # before the manifest exists: it vouches for what is on the disk
-        (partial / "manifest.json").write_text(json.dumps({**manifest, "digest": digest_of(manifest)}, indent=2))
+        write_blocks(partial / "manifest.json", _dump({**manifest, "digest": digest_of(manifest)}))
         publish(partial, final)  # a folder of that name is the same step, saved by an earlier life and damaged since
         _point(self.folder / "latest", final.name)
+        self._prune(final)
 
     def _prune(self, newest: Path) -> None:
-        """Remove what is older than the last `keep_last`; what has a higher step is damaged, or resume had used it."""
-        older = [path for path in _folders(self.folder) if path.name < newest.name]
-        for old in older[: max(0, len(older) - self.keep_last + 1)]:
-            (old / "manifest.json").unlink(missing_ok=True)
-            shutil.rmtree(old)
+        """Remove what the retention does not keep; what has a higher step is damaged, or resume had used it."""
+        there = {_step_of(path): path for path in _folders(self.folder) if path.name <= newest.name}
+        kept = self.retention.kept({step: _loss_at(path, step) for step, path in there.items()})
+        for step in sorted(there.keys() - kept):
+            _remove(there[step])
+
+    def sweep(self) -> None:
+        """Remove what a life that was killed left half written or half removed."""
+        for pattern in (".step-*.partial", ".step-*.removed", ".latest.partial"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def check(self) -> None:
         """Refuse, before anything is started, to continue a run that is another one.
@@ -190,93 +287,167 @@ class Checkpoints:
         """
         for path in reversed(_folders(self.folder)):
             try:
-                saved = dict(json.loads((path / "manifest.json").read_text())["identity"])
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # damaged: `newest` says so
+                saved = read_manifest(path)["identity"]
+            except CheckpointError:
+                continue  # damaged: `restore` says so
             return _same_run(path, saved, self.identity)
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint whose manifest verifies, the same on every rank; None when there is none at all.
+    def restore(self, fragments: Callable[[], Iterable[Fragment]]) -> tuple[Path, TrainState] | None:
+        """Fill the live masters and moments from the newest whole checkpoint, whatever layout wrote it; None: there is none.
 
-        A damaged one is named in a warning and passed over. Raises CheckpointError when all are damaged: falling past
-        the last one is never a fresh start.
+        A damaged one is named in a warning and passed over; once an older one has been used it is set aside. Raises
+        CheckpointError, on every rank, when all are damaged (falling past the last is never a fresh start), or when the
+        checkpoint belongs to another model, data set, tokenizer or batch.
         """
-        chosen, error = None, None
-        if self.comms.topology.is_main:
+        paths = self.comms.broadcast(list(reversed(_folders(self.folder))) if self._is_main else None)
+        damage: list[tuple[Path, str]] = []
+        for path in paths:
+            state, reason = self._fill(path, fragments)
+            if reason is None:
+                if self._is_main:
+                    for other, _ in damage:
+                        set_aside(other, "damaged")
+                self.begun_step = self.saved_step = state.step
+                return path, state
+            _log.warning("checkpoint passed over: %s", reason)
+            damage.append((path, reason))
+        if damage:
+            raise _none_is_whole(self.folder, damage)
+        return None
+
+    def _fill(self, path: Path, fragments: Callable[[], Iterable[Fragment]]) -> tuple[TrainState | None, str | None]:
+        """One attempt: the main rank reads the manifest for all, each rank its runs. (state, None) or (None, damage)."""
+        manifest, state, reason = None, None, None
+        if self._is_main:
             try:
-                chosen = newest_complete(self.folder)
-            except CheckpointError as failure:
-                error = str(failure)
-        chosen, error = self.comms.broadcast((chosen, error))
-        if error:
-            raise CheckpointError(error)
-        return chosen
-
-    def restore(self, path: Path, fragments: Iterable[Fragment]) -> TrainState:
-        """Fill the live masters and moments from `path`, whatever world size and stage wrote it.
-
-        Raises CheckpointError when the checkpoint belongs to another model, data set, tokenizer or batch.
-        """
-        manifest = json.loads((path / "manifest.json").read_text())
-        _same_run(path, manifest["identity"], self.identity)
-        reader = dcp.HuggingFaceStorageReader(str(path))
-        dcp.load(_state_dict(fragments), storage_reader=reader, process_group=self.comms.control)
-        return read_state(path)
-
-
-def newest_complete(folder: Path) -> Path | None:
-    """The newest folder whose manifest verifies, None when there are no checkpoints; see `Checkpoints.newest`."""
-    candidates = _folders(folder)
-    damage = []
-    for path in reversed(candidates):
-        reason = verify(path)
+                manifest = read_manifest(path)
+                state = read_state(path, manifest)
+            except CheckpointError as error:
+                reason = str(error)
+        manifest, state, reason = self.comms.broadcast((manifest, state, reason))
         if reason is None:
-            return path
-        damage.append(reason)
-        _log.warning("checkpoint passed over: %s", reason)
-    if damage:
-        raise CheckpointError(
-            f"{folder}: none of {len(candidates)} checkpoints is whole ({damage[0]}). "
-            "Restore one from a backup, or start over with --fresh (the damaged ones are kept)"
-        )
-    return None
+            _same_run(path, manifest["identity"], self.identity)
+            try:
+                Reader(path, manifest).fill(fragments())
+            except CheckpointError as error:
+                reason = str(error)
+            reason = next((why for why in self.comms.gather(reason) if why), None)
+        return (state, None) if reason is None else (None, reason)
+
+
+def _remove(path: Path) -> None:
+    """Gone in one rename, so that a crash on the way leaves nothing that looks like a checkpoint."""
+    gone = path.with_name(f".{path.name}.removed")
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _loss_at(path: Path, step: int) -> float | None:
+    """The validation loss measured at that very step; a state that cannot be read has none."""
+    try:
+        evaluated = TrainState.from_json((path / "state.json").read_bytes()).evaluated
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    return evaluated[1] if evaluated is not None and evaluated[0] == step else None
+
+
+def _none_is_whole(folder: Path, damage: list[tuple[Path, str]]) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: none of {len(damage)} checkpoints is whole ({damage[0][1]}). "
+        "Restore one from a backup, or start over with --fresh (the damaged ones are kept)"
+    )
+
+
+def _dump(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, separators=(",", ":")).encode()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder, after everything that it says of itself, its files and its runs has been checked.
+
+    Raises CheckpointError naming the file and what is wrong.
+    """
+    file = path / "manifest.json"
+    try:
+        with file.open("rb") as opened_file:
+            text = opened_file.read(_MANIFEST_LIMIT)
+        manifest = json.loads(text)
+        version = manifest["format_version"]
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}")
+        if _dump(manifest) != text:
+            raise ValueError("its bytes are not the ones that were written")
+        digest = manifest.pop("digest")
+        if digest != digest_of(manifest):
+            raise ValueError("its bytes are not the ones that were written")
+        _check_files(manifest["files"], manifest["block_bytes"])
+        check_index(manifest["tensors"], manifest["files"])
+        dict(manifest["identity"])
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise CheckpointError(f"{file}: {type(error).__name__}: {error}") from None
+    return manifest
+
+
+_MANIFEST_LIMIT = 1 << 31  # bytes
+
+
+def _check_files(files: Mapping[str, Any], block_bytes: int) -> None:
+    """Names stay in the folder, sizes agree with the number of digests."""
+    if block_bytes != BLOCK_BYTES:
+        raise ValueError(f"blocks of {block_bytes!r} bytes; this program reads {BLOCK_BYTES}")
+    for name, entry in files.items():
+        parts = PurePosixPath(name).parts
+        if not parts or name != "/".join(parts) or ".." in parts or PurePosixPath(name).is_absolute():
+            raise ValueError(f"{name!r} is not a file of this folder")
+        size, blocks = entry["bytes"], entry["blocks"]
+        if type(size) is not int or size < 0 or len(blocks) != -(-size // BLOCK_BYTES):
+            raise ValueError(f"{name}: {size!r} bytes in {len(blocks)} blocks")
 
 
 def verify(path: Path) -> str | None:
-    """None when every file is there with its digest, else what is wrong, naming the file."""
+    """None when every file is there with its digests, else what is wrong, naming the file."""
+    raw = memoryview(bytearray(BLOCK_BYTES))
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        files, digest = manifest["files"], manifest.pop("digest", None)
-        if manifest["format_version"] != FORMAT_VERSION:
-            return f"{path}: format version {manifest['format_version']}, this program reads {FORMAT_VERSION}"
-        if digest != digest_of(manifest):
-            return f"{path / 'manifest.json'}: its bytes are not the ones that were written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{path / 'manifest.json'}: {type(error).__name__}: {error}"
-    for name, entry in files.items():
-        try:
-            if describe(path / name) != entry:
-                return f"{path / name}: its bytes are not the ones that were written"
-        except OSError as error:
-            return f"{path / name}: {error.strerror}"
+        for name, entry in read_manifest(path)["files"].items():
+            with opened(path / name, entry) as descriptor:
+                for block in range(len(entry["blocks"])):
+                    read_block(descriptor, path / name, entry, block, raw)
+    except CheckpointError as error:
+        return str(error)
     return None
 
 
-def read_state(path: Path) -> TrainState:
-    """The training state of a checkpoint folder."""
-    return TrainState(**json.loads((path / "state.json").read_text()))
+def read_state(path: Path, manifest: Mapping[str, Any] | None = None) -> TrainState:
+    """The training state of a checkpoint folder, checked. Raises CheckpointError."""
+    manifest = manifest or read_manifest(path)
+    try:
+        return TrainState.from_json(read_whole(path / "state.json", manifest["files"]["state.json"]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path / 'state.json'}: {type(error).__name__}: {error}") from None
 
 
-def read_masters(path: Path, module: torch.nn.Module) -> None:
-    """Fill a whole, unsharded module with the fp32 masters of a checkpoint (one process, no group)."""
-    masters = {
-        f"master/{name}": parameter.detach().view(-1)
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant to be
-        dcp.load(masters, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+def newest_masters(folder: Path, fragments_of: Callable[[Path], Iterable[Fragment]]) -> tuple[Path, TrainState] | None:
+    """Fill what `fragments_of(checkpoint folder)` gives from the newest whole checkpoint, alone; None: there is none.
+
+    Damaged ones are named in a warning, passed over, and left where they are. Raises CheckpointError when all are damaged.
+    """
+    damage = []
+    for path in reversed(_folders(folder)):
+        try:
+            manifest = read_manifest(path)
+            for name, entry in manifest["files"].items():
+                if name not in manifest["tensors"]["shards"]:
+                    read_whole(path / name, entry)
+            Reader(path, manifest).fill(fragments_of(path))
+            return path, read_state(path, manifest)
+        except CheckpointError as error:
+            _log.warning("checkpoint passed over: %s", error)
+            damage.append((path, str(error)))
+    if damage:
+        raise _none_is_whole(folder, damage)
+    return None
 
 
 def _same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -292,9 +463,13 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit())
 
 
+def _step_of(path: Path) -> int:
+    return int(path.name[5:])
+
+
 def _point(link: Path, target: str) -> None:
     """A hint for people; the truth is the newest folder that verifies."""
     staged = link.with_name(".latest.partial")
     staged.unlink(missing_ok=True)
     staged.symlink_to(target)
-    staged.replace(link)
+    os.replace(staged, link)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -23,7 +24,7 @@ class Comms:
     """
 
     def __init__(self, topology: Topology, device: torch.device, *, timeout: timedelta = timedelta(minutes=30)) -> None:
-        self.topology, self.device = topology, device
+        self.topology, self.device, self.timeout = topology, device, timeout
         rendezvous = {"init_method": topology.rendezvous}
         if topology.world_size == 1:  # nobody to meet
             rendezvous = {"store": dist.HashStore()}
@@ -53,6 +54,18 @@ class Comms:
         values: list[Any] = [None] * self.topology.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def gather_to_main(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on the main rank; nothing on the others."""
+        values: list[Any] = [None] * self.topology.world_size if self.topology.is_main else []
+        dist.gather_object(value, values if self.topology.is_main else None, dst=0, group=self.control)
+        return values
+
+    def aside(self) -> Comms:
+        """The same ranks with a control group of their own, for a thread that talks while the steps do. Every rank calls it."""
+        other = copy.copy(self)
+        other.control = dist.new_group(backend="gloo", timeout=self.timeout)
+        return other
 
     def broadcast(self, value: Any) -> Any:
         """The main rank's value, on every rank."""

@@ -264,7 +264,11 @@ class CheckpointConfig(Section):
     every_steps: int | None = Field(default=None, ge=1)
     """null: only at the end, and when the run is asked to stop."""
     keep_last: int = Field(default=2, ge=1)
-    """Older complete checkpoints are removed."""
+    """The newest complete ones stay; older ones are removed."""
+    keep_best: int = Field(default=0, ge=0)
+    """And so many of the lowest validation loss, of those saved at a step that was evaluated."""
+    keep_every_steps: int | None = Field(default=None, ge=1)
+    """And those at a multiple of so many steps, for good."""
 
 
 class MixtureConfig(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from sft_dist.checkpoint import newest_complete, read_masters, read_state
+from sft_dist.checkpoint import newest_masters
 from sft_dist.config import RunConfig, read
 from sft_dist.data.records import Turn
 from sft_dist.data.tokenise import Tokenizer, prompt_ids
 from sft_dist.data.work import template_for
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.files import publish
+from sft_dist.layout import Fragment, whole
 
 ABOUT = "sft_dist.json"  # in an export: which run, step and shards it is from
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,16 +40,21 @@ def read_run(run_dir: Path, dtype: torch.dtype | None = None) -> Trained:
 
     Raises CheckpointError when the run has no whole checkpoint.
     """
-    path = newest_complete(run_dir / "checkpoints")
-    if path is None:
+    built: list[PreTrainedModel] = []
+
+    def plain(path: Path) -> Iterable[Fragment]:
+        made = AutoConfig.from_pretrained(path / "model")
+        built[:] = [AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation="sdpa")]
+        return whole(built[0])
+
+    found = newest_masters(run_dir / "checkpoints", plain)
+    if found is None:
         raise CheckpointError(f"{run_dir}: no checkpoint there yet; train first, or name another run folder")
+    (path, state), (model,) = found, built
     config = read(path / "run.yaml")
-    made = AutoConfig.from_pretrained(path / "model")
-    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation="sdpa")
-    read_masters(path, model)
     for parameter in model.parameters():  # not model.to(): rotary tables stay fp32, as they do in training
         parameter.data = parameter.data.to(dtype or _DTYPES[config.train.precision])
-    return Trained(model.eval(), config, path / "tokenizer", read_state(path).step)
+    return Trained(model.eval(), config, path / "tokenizer", state.step)
 
 
 def export(run_dir: Path, out: Path, dtype: torch.dtype | None = None) -> int:

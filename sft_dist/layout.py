@@ -19,23 +19,31 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Fragment:
     """Elements [offset, offset + numel) of the flattened parameter `name`, of `length` elements in all.
 
-    `values` maps "master", "exp_avg" and "exp_avg_sq" to fp32 views [numel] of the live state.
+    `values` maps "master", "exp_avg" and "exp_avg_sq" to fp32 views [numel] of the live state; of a frozen parameter it is
+    the weight alone, called "master", in the dtype of the model. `is_replicated`: every rank holds the same.
     """
 
     name: str
     length: int
     offset: int
     values: dict[str, torch.Tensor]
+    is_replicated: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Elements of the run."""
+        return next(iter(self.values.values())).numel()
 
 
 def fragments(module: torch.nn.Module, optimizer: Any, adam: torch.optim.Optimizer, rank: int) -> Iterator[Fragment]:
-    """The runs that `rank`, this one, holds of every trained parameter; what it holds nothing of is left out.
+    """The runs that `rank`, this one, holds of every parameter; what it holds nothing of is left out.
 
     `optimizer` is DeepSpeed's (the same object as `adam` where DeepSpeed does not wrap it), `adam` the client's.
     Creates the Adam state where it does not exist yet, without a step.
     """
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
+            yield from _frozen(name, parameter, rank)
             continue
         owner, start, offset, numel = _place(parameter, optimizer, adam, rank)
         if numel == 0:
@@ -43,9 +51,26 @@ def fragments(module: torch.nn.Module, optimizer: Any, adam: torch.optim.Optimiz
         state = _adam_state(adam, owner)
         whole = {"master": owner.detach(), **{key: state[key] for key in MOMENTS}}
         length = getattr(parameter, "ds_numel", parameter.numel())
-        yield Fragment(
-            name, length, offset, {key: value.view(-1).narrow(0, start, numel) for key, value in whole.items()}
-        )
+        values = {key: value.view(-1).narrow(0, start, numel) for key, value in whole.items()}
+        yield Fragment(name, length, offset, values, is_replicated=optimizer is adam)
+
+
+def whole(module: torch.nn.Module) -> Iterator[Fragment]:
+    """The weights of a plain, unsharded module, as fragments to be filled with a checkpoint's masters."""
+    for name, parameter in module.named_parameters():
+        yield Fragment(name, parameter.numel(), 0, {"master": parameter.detach().view(-1)})
+
+
+def _frozen(name: str, parameter: torch.nn.Parameter, rank: int) -> Iterator[Fragment]:
+    """A weight that is not trained: partitioned at stage 3, whole on every rank elsewhere."""
+    if not hasattr(parameter, "ds_tensor"):
+        yield Fragment(name, parameter.numel(), 0, {"master": parameter.detach().view(-1)}, is_replicated=True)
+        return
+    part = parameter.ds_tensor
+    offset = rank * part.ds_numel
+    numel = max(0, min(part.ds_numel, parameter.ds_numel - offset))
+    if numel:
+        yield Fragment(name, parameter.ds_numel, offset, {"master": part.detach().view(-1)[:numel]})
 
 
 def _place(parameter: torch.nn.Parameter, optimizer: Any, adam: Any, rank: int) -> tuple[torch.Tensor, int, int, int]:

@@ -20,6 +20,10 @@ TAGS = {
     "tokens_per_second": "speed/tokens_per_second",
     "step_seconds": "speed/step_seconds",
     "memory_bytes": "memory/peak_bytes",
+    "checkpoint_stall_seconds": "checkpoint/stall_seconds",
+    "checkpoint_write_seconds": "checkpoint/write_seconds",
+    "checkpoint_bytes": "checkpoint/bytes",
+    "checkpoint_gb_per_second": "checkpoint/gb_per_second",
     "validation_loss": "validation/loss",
     "validation_perplexity": "validation/perplexity",
     "validation_accuracy": "validation/accuracy",
@@ -193,6 +197,10 @@ _SHOWN = {
     "validation_perplexity": "perplexity {:.2f}",
     "validation_accuracy": "accuracy {:.4f}",
     "validation_f1": "F1 {:.4f}",
+    "checkpoint_bytes": "saved: {:,.0f} bytes",
+    "checkpoint_stall_seconds": "held the loop {:.2f} s",
+    "checkpoint_write_seconds": "written in {:.2f} s",
+    "checkpoint_gb_per_second": "{:.2f} GB/s",
 }
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sft_dist.checkpoint import Checkpoints, TrainState
+from sft_dist.checkpoint import Checkpoints, Saved, TrainState
 from sft_dist.comms import Comms
 from sft_dist.engine import Applied, Engine
 from sft_dist.errors import SftDistError
@@ -52,7 +52,7 @@ def train(
     `epochs_of_sets`, of a mixture: rows consumed -> how often each set was gone through, by name, in the engine's order.
     Returns why it ended and the state that is saved by then. Raises DivergedError on a loss or gradient that is not finite.
     """
-    start_step = saved_step = state.step
+    start_step = state.step
     reason: Reason = "completed"
     if state.step == 0 and not comms.agree(stop.is_wanted()):
         _measure(0, engine, evaluator, metrics)
@@ -60,8 +60,9 @@ def train(
     for step in steps:
         started = time.perf_counter()
 
-        # agree: one exchange carries the loss denominator and every rank's wish to stop
-        targets, tokens, wishes = comms.sum([step.num_targets, step.num_tokens, stop.is_wanted()])
+        # agree: one exchange carries the loss denominator, every rank's wish to stop, and whether a save failed behind the loop
+        mine = [step.num_targets, step.num_tokens, stop.is_wanted(), checkpoints.wants_retry]
+        targets, tokens, wishes, retries = comms.sum(mine)
         if wishes:
             reason = "stopped"
             break
@@ -79,6 +80,7 @@ def train(
             break
         loss = comms.sum_tensor(applied.loss_sum.cpu()).item() / max(1, targets)
         if not (math.isfinite(loss) and math.isfinite(applied.grad_norm)):
+            checkpoints.finish()
             raise DivergedError(
                 f"step {state.step + 1}: loss {loss}, gradient norm {applied.grad_norm} (rows "
                 f"{state.rows_consumed} to {state.rows_consumed + step.num_rows - 1} of the stream). "
@@ -103,17 +105,29 @@ def train(
 
         # keep
         if _is_due(state.step, cadence.evaluate_steps) and state.step < cadence.last_step:
-            metrics.scalars(state.step, evaluator.loss(engine.logits))
-        if _is_due(state.step, cadence.checkpoint_steps):
-            checkpoints.save(engine.fragments(), state)
-            saved_step = state.step
+            measured = evaluator.loss(engine.logits)
+            metrics.scalars(state.step, measured)
+            if measured:
+                state = replace(state, evaluated=(state.step, measured["validation_loss"]))
+        _report(checkpoints.finished(), metrics)
+        if _is_due(state.step, cadence.checkpoint_steps) or retries:
+            _report(checkpoints.begin(engine.fragments(), state), metrics)
 
-    # finish
+    # finish: the last step is on its way to the disk while it is measured
+    if state.step > checkpoints.begun_step:
+        _report(checkpoints.begin(engine.fragments(), state), metrics)
     if reason == "completed" and state.step > start_step:
         _measure(state.step, engine, evaluator, metrics)
-    if state.step > saved_step:
-        checkpoints.save(engine.fragments(), state)
+    _report(checkpoints.finish(), metrics)
+    if state.step > checkpoints.saved_step:
+        _report(checkpoints.save(engine.fragments, state), metrics)
     return reason, state
+
+
+def _report(saved: Saved | None, metrics: Metrics) -> None:
+    """What a save cost; a failure has been said where it was found."""
+    if saved is not None and saved.failure is None:
+        metrics.scalars(saved.step, saved.numbers)
 
 
 def _by_set(applied: Applied, comms: Comms, epochs: Mapping[str, float]) -> dict[str, float]:

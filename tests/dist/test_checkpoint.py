@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from sft_dist.checkpoint import Checkpoints, TrainState
+from sft_dist.checkpoint import Checkpoints, Retention, TrainState
 from sft_dist.errors import CheckpointError
 from tests.dist import tiny
 from tests.workers import RankError, run_workers
@@ -20,10 +19,10 @@ LAYOUTS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf
 def life(topology, folder, precision, stage, start, end, dropout, save_at=()):
     """Train from `start` (restored, unless it is 0) to `end`, saving there and at `save_at`; returns the curve."""
     made, comms = tiny.engine(topology, stage, precision=precision, dropout=dropout, micro_batch_rows=2)
-    checkpoints = Checkpoints(folder, identity={"run": "tiny"}, attachments={}, keep_last=9, stage=stage, comms=comms)
+    checkpoints = Checkpoints(folder, identity={"run": "tiny"}, attachments={}, retention=Retention(9), stage=stage, comms=comms)
     state = TrainState()
     if start:
-        state = checkpoints.restore(checkpoints.newest(), made.fragments())
+        _, state = checkpoints.restore(made.fragments)
         made.restored(state.adam_step)
         assert (state.step, made.adam_step) == (start, start)
     curve = []
@@ -31,7 +30,7 @@ def life(topology, folder, precision, stage, start, end, dropout, save_at=()):
         curve += tiny.learn(made, comms, range(step, step + 1))
         state = state.after(rows=8, tokens=128, target_tokens=9, adam_step=made.adam_step, gpu_seconds=0.5)
         if state.step in (*save_at, end):
-            checkpoints.save(made.fragments(), state)
+            checkpoints.save(made.fragments, state)
     return curve
 
 
@@ -94,18 +93,15 @@ def test_a_loaded_moment_that_was_lost_would_be_seen(straight, tmp_path):
     """The plant: the same resume with Adam's step count set wrong leaves the curve."""
     path, curve = straight["fp32", 2]
     folder = at_half(path, tmp_path)
-    state = folder / f"step-{HALF:08d}" / "state.json"
-    values = json.loads(state.read_text())
-    state.write_text(json.dumps({**values, "adam_step": 1}))
     rest = run_workers(planted, 1, folder)[0]
     assert max(abs(a[0] - b[0]) for a, b in zip(rest, curve[HALF:], strict=True)) > 1e-4
 
 
 def planted(topology, folder):
     made, comms = tiny.engine(topology, 2, dropout=0.1, micro_batch_rows=2)
-    checkpoints = Checkpoints(folder, identity={"run": "tiny"}, attachments={}, keep_last=9, stage=2, comms=comms)
-    state = checkpoints.restore(folder / f"step-{HALF:08d}", made.fragments())
-    made.restored(state.adam_step)
+    checkpoints = Checkpoints(folder, identity={"run": "tiny"}, attachments={}, retention=Retention(9), stage=2, comms=comms)
+    checkpoints.restore(made.fragments)
+    made.restored(adam_step=1)
     return tiny.learn(made, comms, range(HALF, WHOLE))
 
 
@@ -131,24 +127,24 @@ def test_only_the_last_ones_are_kept(tmp_path):
 
 def keep_two(topology, folder):
     made, comms = tiny.engine(topology, 2, micro_batch_rows=8)
-    checkpoints = Checkpoints(folder, identity={}, attachments={}, keep_last=2, stage=2, comms=comms)
+    checkpoints = Checkpoints(folder, identity={}, attachments={}, retention=Retention(2), stage=2, comms=comms)
     for step in (1, 2, 3):
-        checkpoints.save(made.fragments(), TrainState(step=step))
+        checkpoints.save(made.fragments, TrainState(step=step))
     return [path.name for path in sorted(folder.glob("step-*"))]
 
 
 def test_what_was_just_saved_is_kept_beside_a_damaged_later_one(tmp_path):
-    assert run_workers(save_below_a_damaged_one, 1, tmp_path)[0] == ["step-00000010", "step-00000012"]
+    assert run_workers(save_below_a_damaged_one, 1, tmp_path)[0] == ["step-00000010", "step-00000012.damaged-1"]
 
 
 def save_below_a_damaged_one(topology, folder):
     made, comms = tiny.engine(topology, 2, micro_batch_rows=8)
-    checkpoints = Checkpoints(folder, identity={}, attachments={}, keep_last=1, stage=2, comms=comms)
-    checkpoints.save(made.fragments(), TrainState(step=12))
+    checkpoints = Checkpoints(folder, identity={}, attachments={}, retention=Retention(1), stage=2, comms=comms)
+    checkpoints.save(made.fragments, TrainState(step=12))
     (folder / "step-00000012" / "state.json").write_text("{}")
-    checkpoints.save(made.fragments(), TrainState(step=8))
-    checkpoints.save(made.fragments(), TrainState(step=10))
-    assert checkpoints.newest().name == "step-00000010"
+    checkpoints.save(made.fragments, TrainState(step=8))
+    checkpoints.save(made.fragments, TrainState(step=10))
+    assert checkpoints.restore(made.fragments)[0].name == "step-00000010"
     return [path.name for path in sorted(folder.glob("step-*"))]
 
 
@@ -161,8 +157,8 @@ def test_what_cannot_be_written_is_everybodys_error(tmp_path):
 def attach_what_is_gone(topology, folder):
     made, comms = tiny.engine(topology, 2, micro_batch_rows=4)
     gone = {"attached": folder / "attached"}
-    about = {"identity": {}, "keep_last": 1, "stage": 2, "comms": comms}
-    Checkpoints(folder, attachments=gone, **about).save(made.fragments(), TrainState(step=1))
+    about = {"identity": {}, "retention": Retention(1), "stage": 2, "comms": comms}
+    Checkpoints(folder, attachments=gone, **about).save(made.fragments, TrainState(step=1))
 
 
 def test_another_run_is_refused_naming_both_values(tmp_path):
@@ -172,8 +168,8 @@ def test_another_run_is_refused_naming_both_values(tmp_path):
 
 def other_data(topology, folder):
     made, comms = tiny.engine(topology, 2, micro_batch_rows=8)
-    about = {"attachments": {}, "keep_last": 1, "stage": 2, "comms": comms}
-    Checkpoints(folder, identity={"data": "old"}, **about).save(made.fragments(), TrainState(step=1))
+    about = {"attachments": {}, "retention": Retention(1), "stage": 2, "comms": comms}
+    Checkpoints(folder, identity={"data": "old"}, **about).save(made.fragments, TrainState(step=1))
     other = Checkpoints(folder, identity={"data": "new"}, **about)
-    other.restore(other.newest(), made.fragments())
+    other.restore(made.fragments)
     raise AssertionError(CheckpointError)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from sft_dist.checkpoint import Checkpoints, TrainState
+from sft_dist.checkpoint import Checkpoints, Retention, TrainState
 from sft_dist.evaluate import Evaluator
 from sft_dist.limits import StopRequest
 from sft_dist.metrics import Metrics
@@ -70,7 +70,7 @@ def loop(topology, folder, count=6, asked_times=None, poison=False, cadence=None
             next(made.deepspeed.module.parameters()).fill_(float("nan"))
     kept = Kept()
     stop = WantsToStop(asked_times) if asked_times is not None and topology.rank == 1 else StopRequest()
-    checkpoints = Checkpoints(folder, identity={}, attachments={}, keep_last=3, stage=2, comms=comms)
+    checkpoints = Checkpoints(folder, identity={}, attachments={}, retention=Retention(3), stage=2, comms=comms)
     reason, state = train(
         steps=steps(topology, count),
         engine=made,
@@ -103,7 +103,10 @@ def test_a_list_is_trained_to_its_end(reference, tmp_path):
     assert (state.step, state.rows_consumed, state.adam_step) == (6, 48, 6)
     assert state.tokens == 6 * 2 * 128
     assert state.target_tokens == sum(int(tiny.rows(step).targets.sum()) for step in range(6))
-    assert [step for step, _ in lines] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in lines] == [1, 2, 3, 4, 5, 6, 6]
+    cost = lines.pop()[1]
+    assert cost["checkpoint_bytes"] == 12 * sum(p.numel() for p in tiny.model().parameters())
+    assert all(value > 0 for value in cost.values())
     tiny.assert_same_curve([(v["loss"], v["grad_norm"]) for _, v in lines], reference, tolerance=2e-6)
     assert saved == ["step-00000006"]
     assert state.gpu_seconds > 0
@@ -111,7 +114,8 @@ def test_a_list_is_trained_to_its_end(reference, tmp_path):
 
 def test_every_so_many_steps_it_logs_and_saves(tmp_path):
     _, _, lines, saved = run_workers(loop, 2, tmp_path, cadence=Cadence(6, log_steps=3, checkpoint_steps=2))[0]
-    assert [step for step, _ in lines] == [3, 6]
+    assert [step for step, values in lines if "loss" in values] == [3, 6]
+    assert [step for step, values in lines if "checkpoint_bytes" in values] == [2, 4, 6]
     assert saved == ["step-00000002", "step-00000004", "step-00000006"]
 
 

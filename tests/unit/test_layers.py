@@ -17,7 +17,7 @@ ROWS = [
     "data.work data.mixture",
     "data.merge",
     "data.build data.loader data.view comms loss metrics attention layout",
-    "model engine",
+    "model engine store",
     "checkpoint",
     "evaluate export",
     "trainer",
@@ -32,13 +32,14 @@ TORCH_FREE = {"errors", "files", "config", "topology", "schedule", "limits"} | {
 }
 # module -> the only modules that may import it
 OWNERS = {
-    "deepspeed": {"engine", "checkpoint"},
-    "torch.distributed": {"comms", "checkpoint"},
+    "deepspeed": {"engine"},
+    "torch.distributed": {"comms"},
     "torch.utils.tensorboard": {"metrics"},
     "os.environ": {"topology"},
     "gigatoken": {"data.tokenise"},
     "ftfy": {"data.curate"},
     "rensa": {"data.repeats"},
+    "xxhash": {"files"},
 }
 
 
@@ -119,5 +120,5 @@ def test_function_bodies_are_read(tmp_path):
 
 
 def test_the_core_can_be_read_in_an_afternoon():
-    core = ["trainer", "engine", "data.order", "data.loader", "loss", "checkpoint", "layout"]
+    core = ["trainer", "engine", "data.order", "data.loader", "loss", "checkpoint", "layout", "store"]
     assert sum(len(MODULES[name].read_text().splitlines()) for name in core) <= 1800
