@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,6 +22,7 @@ from sft_dist.comms import Comms
 from sft_dist.errors import CheckpointError
 from sft_dist.files import BLOCK_BYTES, digest_of, make_folder, publish, set_aside, sync, write_blocks
 from sft_dist.layout import Fragment
+from sft_dist.ledger import Ledger
 from sft_dist.store import Reader, Snapshot, check_index, index, opened, read_block, read_whole
 
 FORMAT_VERSION = 2
@@ -33,7 +34,7 @@ class TrainState:
     """All that a run has to know about its past besides weights and moments; kept in `state.json`.
 
     `rows_consumed` is the whole state of the data: the stream of rows is a pure function of the seed. `evaluated` is the
-    last (step, validation loss).
+    last (step, validation loss), `ledger` what was fed.
     """
 
     step: int = 0
@@ -43,12 +44,15 @@ class TrainState:
     adam_step: int = 0
     gpu_seconds: float = 0.0
     evaluated: tuple[int, float] | None = None
+    ledger: Ledger = field(default_factory=Ledger)
 
-    def after(self, *, rows: int, tokens: int, target_tokens: int, adam_step: int, gpu_seconds: float) -> TrainState:
+    def after(
+        self, *, rows: int, tokens: int, target_tokens: int, fed: Ledger, adam_step: int, gpu_seconds: float
+    ) -> TrainState:
         """The state one step later.
 
         >>> TrainState(step=4, rows_consumed=32).after(
-        ...     rows=8, tokens=4096, target_tokens=80, adam_step=5, gpu_seconds=1.5).rows_consumed
+        ...     rows=8, tokens=4096, target_tokens=80, fed=Ledger(8, 1, 2), adam_step=5, gpu_seconds=1.5).rows_consumed
         40
         """
         return replace(
@@ -57,6 +61,7 @@ class TrainState:
             rows_consumed=self.rows_consumed + rows,
             tokens=self.tokens + tokens,
             target_tokens=self.target_tokens + target_tokens,
+            ledger=self.ledger + fed,
             adam_step=adam_step,
             gpu_seconds=self.gpu_seconds + gpu_seconds,
         )
@@ -67,6 +72,8 @@ class TrainState:
         values = json.loads(text)
         if values.get("evaluated") is not None:
             values["evaluated"] = tuple(values["evaluated"])
+        if "ledger" in values:
+            values["ledger"] = Ledger(**values["ledger"])
         return cls(**values)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sft_dist import layout
+from sft_dist import layout, ledger
 from sft_dist.attention import packed_logits
 from sft_dist.config import Batch, TrainConfig, zero_stage
 from sft_dist.loss import sums_by_set, target_log_probs
@@ -25,11 +25,12 @@ from sft_dist.topology import Topology
 class Applied:
     """What one optimizer step did: this rank's summed loss, and the global gradient norm before clipping.
 
-    `set_sums`: fp64 [2, sets] on the device, this rank's summed loss and number of targets of each set of a mixture.
+    `fed`: int64 [3] on the device, this rank's part of the ledger: its rows, and the two sums of their hashes. `set_sums`: fp64 [2, sets] on the device, this rank's summed loss and number of targets of each set of a mixture.
     """
 
     loss_sum: torch.Tensor
     grad_norm: float
+    fed: torch.Tensor
     set_sums: torch.Tensor | None = None
 
 
@@ -68,7 +69,7 @@ class Engine:
 
     >>> engine = Engine(model, zero, config.train, batch, topology, device)  # doctest: +SKIP
     >>> engine.learn(step.micro_batches, denominator=1_234, learning_rate=1e-3)  # doctest: +SKIP
-    Applied(loss_sum=tensor(851.2), grad_norm=0.93)
+    Applied(loss_sum=tensor(851.2), grad_norm=0.93, fed=tensor([4, 5727095992301866834, -2371436142478386021]))
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Engine:
             betas=(config.beta1, config.beta2),
             eps=config.epsilon,
         )
+        self._ledger_keys: torch.Tensor | None = None
         self.deepspeed = _initialize(model, self.adam, deepspeed_config(zero, config, batch))
 
     def learn(
@@ -101,6 +103,7 @@ class Engine:
         """
         self.deepspeed.train()
         loss_sum = torch.zeros((), device=self.device)
+        fed = torch.zeros(3, dtype=torch.int64, device=self.device)
         set_sums = torch.zeros(2, self.num_sets, dtype=torch.float64, device=self.device) if self.num_sets > 1 else None
         batches = _with_last(micro_batches)
         for is_last, micro_batch in batches:
@@ -108,7 +111,7 @@ class Engine:
                 return None
             self._seed(micro_batch.first_ordinal)
             self.deepspeed.set_gradient_accumulation_boundary(is_last)
-            loss = self._loss_sum(micro_batch, set_sums)
+            loss = self._loss_sum(micro_batch, fed, set_sums)
             # DeepSpeed averages over the ranks; a global sum over a global count wants the sum: times the world.
             self.deepspeed.backward(loss / denominator * self.topology.world_size, scale_wrt_gas=False)
             loss_sum += loss.detach()
@@ -118,7 +121,7 @@ class Engine:
         self.deepspeed.step()
         if grad_norm is None:
             grad_norm = float(self.deepspeed.get_global_grad_norm())
-        return Applied(loss_sum, grad_norm, set_sums)
+        return Applied(loss_sum, grad_norm, fed, set_sums)
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -145,14 +148,23 @@ class Engine:
         layout.set_adam_step(self.adam, adam_step)
         layout.refresh_weights(self.deepspeed.optimizer, self.adam)
 
-    def _loss_sum(self, micro_batch: Any, set_sums: torch.Tensor | None) -> torch.Tensor:
+    def _loss_sum(self, micro_batch: Any, fed: torch.Tensor, set_sums: torch.Tensor | None) -> torch.Tensor:
         tokens, targets, positions = (
             getattr(micro_batch, name).to(self.device) for name in ("tokens", "targets", "positions")
         )
+        if len(micro_batch.rows):  # else it is one row of padding, to keep the other ranks company
+            fed += self._fed(tokens, targets, positions)
         log_probs = target_log_probs(packed_logits(self.deepspeed, tokens, positions), tokens, targets)
         if set_sums is not None:  # a by-product: the loss that is optimised does not depend on it
             set_sums += sums_by_set(log_probs.detach(), targets, micro_batch.sets.to(self.device), self.num_sets)
         return -log_probs.sum()
+
+    def _fed(self, *batch: torch.Tensor) -> torch.Tensor:
+        """What the ledger holds of the very tensors that the model is given."""
+        if self._ledger_keys is None:
+            self._ledger_keys = torch.from_numpy(ledger.keys(self.config.seed, batch[0].shape[1])).to(self.device)
+        sums = [ledger.row_hashes(*batch, of_function).sum() for of_function in self._ledger_keys]
+        return torch.stack([torch.full_like(sums[0], len(batch[0])), *sums])
 
     def _seed(self, ordinal: int) -> None:
         """Randomness belongs to the data: the draws of a micro-batch depend on its first row, never on the rank."""

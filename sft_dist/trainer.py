@@ -13,6 +13,7 @@ from sft_dist.comms import Comms
 from sft_dist.engine import Applied, Engine
 from sft_dist.errors import SftDistError
 from sft_dist.evaluate import Evaluator
+from sft_dist.ledger import Ledger
 from sft_dist.limits import Reason, StopRequest
 from sft_dist.metrics import Metrics, peak_memory_bytes
 
@@ -88,11 +89,14 @@ def train(
             )
 
         # account
+        fed = Ledger(*comms.sum(applied.fed.tolist()))
+        assert fed.rows == step.num_rows, (fed, step)
         seconds = time.perf_counter() - started
         state = state.after(
             rows=step.num_rows,
             tokens=tokens,
             target_tokens=targets,
+            fed=fed,
             adam_step=engine.adam_step,
             gpu_seconds=seconds * comms.topology.world_size,
         )

@@ -9,6 +9,7 @@ import pytest
 
 from sft_dist.checkpoint import Checkpoints, Retention, TrainState
 from sft_dist.errors import CheckpointError
+from sft_dist.ledger import Ledger
 from tests.dist import tiny
 from tests.workers import RankError, run_workers
 
@@ -28,7 +29,7 @@ def life(topology, folder, precision, stage, start, end, dropout, save_at=()):
     curve = []
     for step in range(start, end):
         curve += tiny.learn(made, comms, range(step, step + 1))
-        state = state.after(rows=8, tokens=128, target_tokens=9, adam_step=made.adam_step, gpu_seconds=0.5)
+        state = state.after(rows=8, tokens=128, target_tokens=9, fed=Ledger(8, 1, 1), adam_step=made.adam_step, gpu_seconds=0.5)
         if state.step in (*save_at, end):
             checkpoints.save(made.fragments, state)
     return curve

@@ -25,6 +25,7 @@ class OfSets:
 
     def __init__(self, micro_batch):
         self.__dict__.update(vars(micro_batch))
+        self.rows = micro_batch.rows
         self.sets = (self.first_ordinal + torch.arange(len(self.tokens))) % 3 % 2
 
 

@@ -33,27 +33,32 @@ class MicroBatch:
     positions: torch.Tensor
     first_ordinal: int
 
+    @property
+    def rows(self) -> range:
+        """Row numbers, as a loader would give them."""
+        return range(len(self.tokens))
 
-def rows(step: int) -> MicroBatch:
+
+def rows(step: int, count: int = ROWS) -> MicroBatch:
     """The rows of a step: two documents each, and between 0 and 14 targets, so that a mean of means would be wrong."""
     generator = torch.Generator().manual_seed(100 + step)
-    tokens = torch.randint(VOCAB, (ROWS, SEQ_LEN), generator=generator)
-    share = torch.rand((ROWS, 1), generator=generator)
-    targets = torch.rand((ROWS, SEQ_LEN), generator=generator) < share
+    tokens = torch.randint(VOCAB, (count, SEQ_LEN), generator=generator)
+    share = torch.rand((count, 1), generator=generator)
+    targets = torch.rand((count, SEQ_LEN), generator=generator) < share
     targets[:, 0] = targets[:, 8] = False
     targets[1] = False
-    positions = torch.arange(8).repeat(ROWS, 2)
-    return MicroBatch(tokens, targets, positions, step * ROWS)
+    positions = torch.arange(8).repeat(count, 2)
+    return MicroBatch(tokens, targets, positions, step * count)
 
 
-def micro_batches(step: int, size: int) -> list[MicroBatch]:
+def micro_batches(step: int, size: int, count: int = ROWS) -> list[MicroBatch]:
     """The same rows, `size` at a time."""
-    whole = rows(step)
+    whole = rows(step, count)
     return [
         MicroBatch(
-            *(getattr(whole, name)[at : at + size] for name in ("tokens", "targets", "positions")), step * ROWS + at
+            *(getattr(whole, name)[at : at + size] for name in ("tokens", "targets", "positions")), step * count + at
         )
-        for at in range(0, ROWS, size)
+        for at in range(0, count, size)
     ]
 
 
@@ -75,18 +80,23 @@ def engine(topology, stage: int, **more) -> tuple[Engine, Comms]:
     torch.set_num_threads(1)
     comms = Comms(topology, torch.device("cpu"))
     of_model = {name: more.pop(name) for name in ("kind", "dropout", "gradient_checkpointing") if name in more}
+    frozen = more.pop("frozen", ())
     config = train_config(**more)
     zero = zero_config(f"ds_configs/zero{stage}.json")
     batch = derive_batch(config, topology.world_size, 1.0)
-    return Engine(model(**of_model), zero, config, batch, topology, comms.device), comms
+    made = model(**of_model)
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    return Engine(made, zero, config, batch, topology, comms.device), comms
 
 
 def learn(made: Engine, comms: Comms, steps: range) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step."""
     curve = []
     for step in steps:
-        batches = micro_batches(step, made.config.micro_batch_rows)
-        denominator = int(rows(step).targets.sum())
+        count = made.config.global_batch_rows
+        batches = micro_batches(step, made.config.micro_batch_rows, count)
+        denominator = int(rows(step, count).targets.sum())
         mine = batches[comms.topology.rank :: comms.topology.world_size]
         applied = made.learn(mine, denominator=denominator, learning_rate=1e-3)
         curve.append((comms.sum_tensor(applied.loss_sum).item() / denominator, applied.grad_norm))

@@ -11,6 +11,7 @@ from sft_dist.checkpoint import Checkpoints, Retention, TrainState, newest_maste
 from sft_dist.errors import CheckpointError
 from sft_dist.files import digest_of, digest_of_block
 from sft_dist.layout import MOMENTS, Fragment, whole
+from sft_dist.ledger import Ledger
 from sft_dist.store import Reader
 
 IDENTITY = {"model": "m1", "data": "d1", "tokenizer": "t1", "global_batch_rows": 8}
@@ -438,9 +439,11 @@ def test_a_check_leaves_odd_manifests_to_newest(run, comms, text):
 def test_a_state_one_step_later_adds_up():
     start = TrainState()
     assert start == TrainState(0, 0, 0, 0, 0, 0.0)
-    first = start.after(rows=8, tokens=100, target_tokens=10, adam_step=1, gpu_seconds=0.5)
-    second = first.after(rows=3, tokens=50, target_tokens=5, adam_step=1, gpu_seconds=0.25)
-    assert second == TrainState(step=2, rows_consumed=11, tokens=150, target_tokens=15, adam_step=1, gpu_seconds=0.75)
+    first = start.after(rows=8, tokens=100, target_tokens=10, fed=Ledger(8, 1, 2), adam_step=1, gpu_seconds=0.5)
+    second = first.after(rows=3, tokens=50, target_tokens=5, fed=Ledger(3, 1, -4), adam_step=1, gpu_seconds=0.25)
+    assert second == TrainState(
+        step=2, rows_consumed=11, tokens=150, target_tokens=15, adam_step=1, gpu_seconds=0.75, ledger=Ledger(11, 2, -2)
+    )
     assert TrainState.from_json(json.dumps(asdict(second))) == second
     evaluated = replace(second, evaluated=(2, 1.5))
     assert TrainState.from_json(json.dumps(asdict(evaluated))) == evaluated
