@@ -10,6 +10,7 @@ import click
 
 from sft_dist import __version__
 from sft_dist.errors import SftDistError
+from sft_dist.identity import ALLOWANCES
 
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 PRINT_CONFIG = click.option(
@@ -102,19 +103,67 @@ def inspect(shards: str, row: int | None, html: Path | None) -> None:
 @OVERRIDES
 @click.option("--nproc", type=click.IntRange(min=1), help="Processes; default: one a GPU, or one.")
 @click.option("--fresh", is_flag=True, help="Start over; what the old run left is set aside, not deleted.")
+@click.option(
+    "--from", "from_step", type=int, metavar="STEP", help="Go on from this checkpoint; newer ones are set aside."
+)
+@click.option(
+    "--reset-data", is_flag=True, help="Go on with the model, but with the stream of rows from its beginning."
+)
+@click.option("--skip-rows", type=click.IntRange(min=1), help="Leave out so many rows of the stream, and record it.")
+@click.option(
+    "--allow",
+    multiple=True,
+    type=click.Choice(list(ALLOWANCES)),
+    help="Go on although this changed since the checkpoint; the log and the state tell.",
+)
 @PRINT_CONFIG
-def train(run_file: str, overrides: tuple[str, ...], nproc: int | None, fresh: bool, print_config: bool) -> None:
+def train(
+    run_file: str,
+    overrides: tuple[str, ...],
+    nproc: int | None,
+    fresh: bool,
+    from_step: int | None,
+    reset_data: bool,
+    skip_rows: int | None,
+    allow: tuple[str, ...],
+    print_config: bool,
+) -> None:
     """Shards → a fine-tuned model, on this machine; goes on from the last checkpoint by itself."""
     from launch import local
+    from launch.train import Resume
     from sft_dist.config import load
 
+    if fresh and (from_step is not None or reset_data or skip_rows or allow):
+        raise click.UsageError("--fresh starts over: there is nothing for --from, --reset-data, --skip-rows or --allow")
     config = load(run_file, overrides)
     processes = nproc or local.default_processes()
     if print_config:
         click.echo(_as_yaml(config))
         click.echo(local.describe(config, processes))
         return
-    sys.exit(local.run(config, run_file, overrides, processes, fresh=fresh))
+    resume = Resume(fresh, from_step, reset_data, skip_rows or 0, allow)
+    sys.exit(local.run(config, run_file, overrides, processes, resume))
+
+
+@main.command()
+@click.argument("run_dir", metavar="RUN_DIR")
+def verify(run_dir: str) -> None:
+    """Prove what a run consumed: ledger, epochs, checkpoints, export; prints a certificate."""
+    from launch.after import verify_run
+
+    certificate = verify_run(Path(run_dir))
+    click.echo(certificate.text)
+    sys.exit(0 if certificate.is_right else 3)
+
+
+@main.command()
+@click.argument("run_dir", metavar="RUN_DIR")
+@click.option("--verify", "is_read", is_flag=True, help="Read every byte and compare its digest.")
+def checkpoints(run_dir: str, is_read: bool) -> None:
+    """The checkpoints of a run: step, size, whole or not, best, layout, age."""
+    from launch.after import list_checkpoints
+
+    click.echo(list_checkpoints(Path(run_dir), is_read=is_read))
 
 
 @main.command(name="eval")

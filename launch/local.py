@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.train import Plan, lock
+from launch.train import AS_IT_IS, Plan, Resume, lock
 from sft_dist.config import RunConfig
 from sft_dist.errors import ConfigError
 from sft_dist.limits import SIGNALS, Verdict
@@ -38,17 +38,17 @@ def default_processes() -> int:
     return max(1, num_gpus())
 
 
-def describe(config: RunConfig, processes: int) -> str:
+def describe(config: RunConfig, processes: int, resume: Resume = AS_IT_IS) -> str:
     """The derived numbers of a run on so many processes of this machine."""
-    return Plan.of(config, Topology(world_size=processes), Life("print"), fresh=False).describe()
+    return Plan.of(config, Topology(world_size=processes), Life("print"), resume).describe()
 
 
-def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: int, *, fresh: bool) -> int:
+def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: int, resume: Resume) -> int:
     """Check everything that can be checked, start the ranks, wait; returns the exit code.
 
     0: completed; 128 + signal number: stopped on request, all saved; else what the ranks ended with.
     """
-    describe(config, processes)  # raises what is wrong before anything starts
+    describe(config, processes, resume)  # raises what is wrong before anything starts
     if 0 < num_gpus() < processes:
         raise ConfigError(
             f"--nproc {processes}: this machine has {num_gpus()} usable GPUs, and each process needs its own. "
@@ -62,7 +62,7 @@ def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: i
         asked: list[int] = []
         _forward_signals(asked, stop_file)
         with subprocess.Popen(
-            _command(run_file, overrides, processes, fresh=fresh),
+            _command(run_file, overrides, processes, resume),
             env=environment,
             start_new_session=True,
             stderr=subprocess.PIPE,
@@ -83,10 +83,10 @@ def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: i
     return verdict.exit_code
 
 
-def _command(run_file: str, overrides: Sequence[str], processes: int, *, fresh: bool) -> list[str]:
+def _command(run_file: str, overrides: Sequence[str], processes: int, resume: Resume) -> list[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     torchrun.append("--shutdown-timeout=5")  # what a rank that waits for a dead one gets before it is killed
-    return [*torchrun, str(_TRAIN), run_file, *overrides, *(["--fresh"] if fresh else [])]
+    return [*torchrun, str(_TRAIN), run_file, *overrides, *resume.arguments()]
 
 
 def _forward_signals(asked: list[int], stop_file: Path) -> None:

@@ -10,7 +10,8 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,24 +20,26 @@ import transformers
 import yaml
 
 from sft_dist.attention import prove_isolation as _prove
-from sft_dist.checkpoint import Checkpoints, Retention, TrainState
+from sft_dist.checkpoint import Checkpoints, Past, Retention, TrainState, list_folders, read_manifest
 from sft_dist.comms import Comms
 from sft_dist.config import zero_stage
 from sft_dist.data.build import read_conversations
 from sft_dist.data.loader import Loader, Step
 from sft_dist.data.mixture import Joined
-from sft_dist.data.order import row_numbers
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.data.work import template_for
 from sft_dist.engine import Engine
+from sft_dist.errors import CheckpointError
 from sft_dist.evaluate import Evaluator, LabelTask, Sampling, open_shards, prompts
+from sft_dist.identity import ALLOWANCES, STREAM, changes
+from sft_dist.ledger import Ledger
 from sft_dist.metrics import Console, JsonLines, Metrics, TensorBoard
 from sft_dist.model import build, has_dropout, model_config
 from sft_dist.schedule import learning_rate
 from sft_dist.trainer import Cadence
 
 if TYPE_CHECKING:
-    from launch.train import Plan
+    from launch.train import Plan, Resume
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed calls what torch renames
 transformers.logging.set_verbosity_error()
@@ -98,13 +101,17 @@ def checkpoints(plan: Plan, identity: dict[str, Any]) -> Checkpoints:
         "tokenizer": plan.shards_dir / "tokenizer",
     }
     kept = plan.config.checkpoint
-    return Checkpoints(
+    made = Checkpoints(
         plan.run_dir / "checkpoints",
         identity=identity,
         attachments=attachments,
         retention=Retention(kept.keep_last, kept.keep_best, kept.keep_every_steps),
         stage=zero_stage(plan.zero),
     )
+    made.allowed = frozenset(key for name in plan.resume.allow for key in ALLOWANCES[name])
+    if plan.resume.resets_data:
+        made.allowed |= frozenset(STREAM)
+    return made
 
 
 def write_run_files(plan: Plan, made: Any) -> None:
@@ -133,12 +140,16 @@ def prove_isolation(plan: Plan, engine: Engine, made: Any) -> float:
 
 def resume(plan: Plan, checkpoints: Checkpoints, engine: Engine) -> tuple[TrainState, str]:
     """The state to go on from, and a line that says so."""
-    found = checkpoints.restore(engine.fragments)
+    found = checkpoints.restore(engine.fragments, plan.resume.from_step)
+    if found is None and plan.resume.from_step is not None:
+        there = ", ".join(str(int(path.name[5:])) for path in list_folders(checkpoints.folder)) or "none"
+        raise CheckpointError(f"--from {plan.resume.from_step}: no such checkpoint; there are steps {there}")
     if found is None:
         return TrainState(), "starting at step 0"
-    path, state = found
+    path, restored = found
+    state, notes = with_changes(restored, read_manifest(path)["identity"], checkpoints.identity, plan.resume)
     engine.restored(state.adam_step)
-    lines = [f"resuming from step {state.step} of {plan.steps(state)} ({path})"]
+    lines = [f"resuming from step {state.step} of {plan.steps(state)} ({path})", *notes]
     before = yaml.safe_load((path / "run.yaml").read_text())["train"]
     now = plan.config.train.model_dump()
     for key in ("learning_rate", "schedule", "epochs", "max_steps", "warmup_ratio", "precision", "micro_batch_rows"):
@@ -149,12 +160,33 @@ def resume(plan: Plan, checkpoints: Checkpoints, engine: Engine) -> tuple[TrainS
     return state, "\n".join(lines)
 
 
+def with_changes(
+    state: TrainState, saved: Mapping[str, Any], now: Mapping[str, Any], resume: Resume
+) -> tuple[TrainState, list[str]]:
+    """The state with what was changed on purpose, and a line for each change; the state keeps them too."""
+    notes = [f"allowed: {key} was {then!r} and is {value!r} now" for key, (then, value) in changes(saved, now).items()]
+    if resume.resets_data:
+        notes.append(f"reset: the stream of rows begins again, {state.rows_consumed:,} rows after its beginning")
+    if resume.resets_data or any(key in STREAM for key in changes(saved, now)):
+        left = Past(
+            {key: saved[key] for key in STREAM if key in saved},
+            state.begin, state.rows_consumed, state.skipped, state.ledger,
+        )  # fmt: skip
+        begin = 0 if resume.resets_data else state.rows_consumed
+        state = replace(state, rows_consumed=begin, begin=begin, skipped=(), ledger=Ledger(), past=(*state.past, left))
+    if resume.skip_rows:
+        first, last = state.rows_consumed, state.rows_consumed + resume.skip_rows
+        notes.append(f"skipped: rows {first:,} to {last - 1:,} of the stream are left out")
+        state = replace(state, rows_consumed=last, skipped=(*state.skipped, (first, last)))
+    return replace(state, notes=(*state.notes, *(f"step {state.step}: {note}" for note in notes))), notes
+
+
 def steps(plan: Plan, state: TrainState, device: torch.device) -> Iterator[Step]:
     """What is left of the stream of training rows, as this rank sees it, made on `device`."""
     train = plan.config.train
-    in_epochs = functools.partial(row_numbers, num_rows=plan.shards.num_rows, seed=train.seed, blocks=plan.blocks)
-    order = plan.mixture.rows if plan.mixture else in_epochs
-    loader = Loader(plan.shards, plan.topology, micro_batch_rows=train.micro_batch_rows, order=order, device=device)
+    loader = Loader(
+        plan.shards, plan.topology, micro_batch_rows=train.micro_batch_rows, order=plan.order, device=device
+    )
     return loader.steps(start=state.rows_consumed, end=plan.rows, global_batch_rows=plan.batch.global_batch_rows)
 
 

@@ -6,13 +6,14 @@ torchrun --nproc_per_node=8 launch/train.py RUN.yaml [KEY=VALUE...]
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import os
 import shutil
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -22,14 +23,17 @@ if __package__ in (None, ""):  # started by path from a clone
 
 from sft_dist.config import Batch, RunConfig, derive_batch, load, num_steps, total_rows, zero_config, zero_stage
 from sft_dist.data.mixture import Joined, Mixture
-from sft_dist.data.order import Blocks
+from sft_dist.data.order import Blocks, row_numbers
 from sft_dist.data.shards import Shards
 from sft_dist.errors import ConfigError, SftDistError
 from sft_dist.files import hold
+from sft_dist.identity import ALLOWANCES
 from sft_dist.limits import StopRequest, Verdict
 from sft_dist.topology import Life, Topology
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from sft_dist.checkpoint import TrainState
 
 
@@ -39,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run_file", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--fresh", action="store_true", help="start over; the old run is set aside, not deleted")
+    parser.add_argument("--from", dest="from_step", type=int, metavar="STEP", help="go on from this checkpoint")
+    parser.add_argument("--reset-data", action="store_true", help="go on with the stream of rows from its beginning")
+    parser.add_argument("--skip-rows", type=int, default=0, metavar="N", help="leave out the next N rows of the stream")
+    parser.add_argument("--allow", action="append", default=[], choices=ALLOWANCES, help="go on although this changed")
     parser.add_argument(
         "--local_rank", help=argparse.SUPPRESS
     )  # the deepspeed launcher passes it; the environment has it too
@@ -52,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         topology = Topology.from_environment()
         config = load(options.run_file, options.overrides)
-        return run_plan(Plan.of(config, topology, life, fresh=options.fresh), stop)
+        resume = Resume(options.fresh, options.from_step, options.reset_data, options.skip_rows, tuple(options.allow))
+        return run_plan(Plan.of(config, topology, life, resume), stop)
     except SftDistError as error:
         if topology.local_rank == 0:  # one line a machine: what is wrong may be wrong on that one only
             print(f"sft-dist: {error}", file=sys.stderr, flush=True)
@@ -62,13 +71,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Resume:
+    """How to go on from what is there: by default from the newest whole checkpoint, with nothing changed."""
+
+    is_fresh: bool = False
+    from_step: int | None = None
+    resets_data: bool = False
+    skip_rows: int = 0
+    allow: tuple[str, ...] = ()
+
+    def arguments(self) -> list[str]:
+        """As `launch/train.py` takes them.
+
+        >>> Resume(from_step=100, allow=("batch-change",)).arguments()
+        ['--from=100', '--allow=batch-change']
+        """
+        made = ["--fresh"] * self.is_fresh + ["--reset-data"] * self.resets_data
+        made += [f"--from={self.from_step}"] * (self.from_step is not None) + [f"--skip-rows={self.skip_rows}"] * (
+            self.skip_rows > 0
+        )
+        return made + [f"--allow={name}" for name in self.allow]
+
+
+AS_IT_IS = Resume()
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a run will do, settled and checked before any process group starts."""
 
     config: RunConfig
     topology: Topology
     life: Life
-    is_fresh: bool
+    resume: Resume
     run_dir: Path
     shards_dir: Path
     shards: Shards | Joined
@@ -78,11 +113,11 @@ class Plan:
     rows: int
 
     @classmethod
-    def of(cls, config: RunConfig, topology: Topology, life: Life, *, fresh: bool) -> Plan:
+    def of(cls, config: RunConfig, topology: Topology, life: Life, resume: Resume = AS_IT_IS) -> Plan:
         """Open the shards and do the arithmetic; raises ConfigError or DataError."""
         run_dir, shards_dir = Path(config.run_dir), Path(config.shards_dirs[0])
-        shards, mixture = _rows(config)
-        saved = {} if fresh else _saved_identity(run_dir / "checkpoints")
+        shards, mixture = rows_of(config)
+        saved = {} if resume.is_fresh else _saved_identity(run_dir / "checkpoints")
         batch = derive_batch(
             config.train,
             topology.world_size,
@@ -91,12 +126,12 @@ class Plan:
         )
         rows = total_rows(config.train, batch, shards.num_rows)
         zero = zero_config(config.zero)
-        return cls(config, topology, life, fresh, run_dir, shards_dir, shards, mixture, zero, batch, rows)
+        return cls(config, topology, life, resume, run_dir, shards_dir, shards, mixture, zero, batch, rows)
 
     @property
-    def blocks(self) -> Blocks | None:
-        """The order by blocks, None for `rows`."""
-        return _blocks(self.config)
+    def order(self) -> Callable[[np.ndarray], np.ndarray]:
+        """Ordinal of the stream -> row number."""
+        return order_of(self.config, self.shards, self.mixture)
 
     @property
     def template(self) -> str:
@@ -133,7 +168,13 @@ class Plan:
         return "\n".join(lines)
 
 
-def _rows(config: RunConfig) -> tuple[Shards | Joined, Mixture | None]:
+def order_of(config: RunConfig, shards: Shards | Joined, mixture: Mixture | None) -> Callable[[np.ndarray], np.ndarray]:
+    """Ordinal of the stream -> row number, of a run's shards."""
+    in_epochs = functools.partial(row_numbers, num_rows=shards.num_rows, seed=config.train.seed, blocks=_blocks(config))
+    return mixture.rows if mixture else in_epochs
+
+
+def rows_of(config: RunConfig) -> tuple[Shards | Joined, Mixture | None]:
     """The training rows of a run, and of a mixture how they are drawn."""
     sets = [Shards.open(Path(folder) / "train") for folder in config.shards_dirs]
     if config.prepare is not None:
@@ -167,13 +208,13 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     model, made = parts.model(plan)
     identity = parts.identity(plan, made)
     checkpoints = parts.checkpoints(plan, identity)
-    if not plan.is_fresh:
+    if not plan.resume.is_fresh:
         checkpoints.check()
 
     comms, device = parts.comms(plan)
     checkpoints.join(comms)
     if plan.topology.is_main:
-        if plan.is_fresh:
+        if plan.resume.is_fresh:
             set_aside(plan.run_dir)
         checkpoints.sweep()
         parts.write_run_files(plan, made)

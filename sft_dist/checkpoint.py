@@ -21,6 +21,7 @@ from typing import Any
 from sft_dist.comms import Comms
 from sft_dist.errors import CheckpointError
 from sft_dist.files import BLOCK_BYTES, digest_of, make_folder, publish, set_aside, sync, write_blocks
+from sft_dist.identity import require_same
 from sft_dist.layout import Fragment
 from sft_dist.ledger import Ledger
 from sft_dist.store import Reader, Snapshot, check_index, index, opened, read_block, read_whole
@@ -30,11 +31,23 @@ _log = logging.getLogger("sft_dist")
 
 
 @dataclass(frozen=True, slots=True)
+class Past:
+    """A stretch of a stream of rows that the run has left on purpose: its data, seed and order, its ordinals, its ledger."""
+
+    identity: dict[str, Any]
+    begin: int
+    end: int
+    skipped: tuple[tuple[int, int], ...]
+    ledger: Ledger
+
+
+@dataclass(frozen=True, slots=True)
 class TrainState:
     """All that a run has to know about its past besides weights and moments; kept in `state.json`.
 
     `rows_consumed` is the whole state of the data: the stream of rows is a pure function of the seed. `evaluated` is the
-    last (step, validation loss), `ledger` what was fed.
+    last (step, validation loss). The ordinals fed are [begin, rows_consumed) without those `skipped` on purpose, and
+    `ledger` is the proof; streams that were left before are `past`. `notes` tell what was allowed against the rules.
     """
 
     step: int = 0
@@ -44,7 +57,11 @@ class TrainState:
     adam_step: int = 0
     gpu_seconds: float = 0.0
     evaluated: tuple[int, float] | None = None
+    begin: int = 0
+    skipped: tuple[tuple[int, int], ...] = ()
     ledger: Ledger = field(default_factory=Ledger)
+    past: tuple[Past, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def after(
         self, *, rows: int, tokens: int, target_tokens: int, fed: Ledger, adam_step: int, gpu_seconds: float
@@ -72,9 +89,16 @@ class TrainState:
         values = json.loads(text)
         if values.get("evaluated") is not None:
             values["evaluated"] = tuple(values["evaluated"])
-        if "ledger" in values:
-            values["ledger"] = Ledger(**values["ledger"])
-        return cls(**values)
+        past = tuple(Past(**_tupled(left)) for left in values.pop("past", ()))
+        return cls(**_tupled(values), past=past)
+
+
+def _tupled(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows neither tuples nor ledgers."""
+    made = {**values, "skipped": tuple((begin, end) for begin, end in values.get("skipped", ()))}
+    if "ledger" in values:
+        made["ledger"] = Ledger(**values["ledger"])
+    return made | ({"notes": tuple(values["notes"])} if "notes" in values else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +163,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self.retention, self.stage = folder, retention, stage
         self.identity, self.attachments = dict(identity), dict(attachments)
+        self.allowed: frozenset[str] = frozenset()  # keys of the identity that may have changed on purpose
         self._writer: threading.Thread | None = None
         self._saved: Saved | None = None
         # the last step that a save was begun for, and the last that is safe: the same on every rank once none is in flight
@@ -276,7 +301,7 @@ class Checkpoints:
 
     def _prune(self, newest: Path) -> None:
         """Remove what the retention does not keep; what has a higher step is damaged, or resume had used it."""
-        there = {_step_of(path): path for path in _folders(self.folder) if path.name <= newest.name}
+        there = {_step_of(path): path for path in list_folders(self.folder) if path.name <= newest.name}
         kept = self.retention.kept({step: _loss_at(path, step) for step, path in there.items()})
         for step in sorted(there.keys() - kept):
             _remove(there[step])
@@ -292,21 +317,26 @@ class Checkpoints:
 
         Raises CheckpointError naming both values.
         """
-        for path in reversed(_folders(self.folder)):
+        for path in reversed(list_folders(self.folder)):
             try:
                 saved = read_manifest(path)["identity"]
             except CheckpointError:
                 continue  # damaged: `restore` says so
-            return _same_run(path, saved, self.identity)
+            return require_same(path, saved, self.identity, self.allowed)
 
-    def restore(self, fragments: Callable[[], Iterable[Fragment]]) -> tuple[Path, TrainState] | None:
+    def restore(
+        self, fragments: Callable[[], Iterable[Fragment]], step: int | None = None
+    ) -> tuple[Path, TrainState] | None:
         """Fill the live masters and moments from the newest whole checkpoint, whatever layout wrote it; None: there is none.
 
-        A damaged one is named in a warning and passed over; once an older one has been used it is set aside. Raises
+        `step` asks for that one alone: newer ones are then set aside, and damage is an error. A damaged one is named in a warning and passed over; once an older one has been used it is set aside. Raises
         CheckpointError, on every rank, when all are damaged (falling past the last is never a fresh start), or when the
         checkpoint belongs to another model, data set, tokenizer or batch.
         """
-        paths = self.comms.broadcast(list(reversed(_folders(self.folder))) if self._is_main else None)
+        paths = self.comms.broadcast(list(reversed(list_folders(self.folder))) if self._is_main else None)
+        newer: list[Path] = []
+        if step is not None:
+            newer, paths = [p for p in paths if _step_of(p) > step], [p for p in paths if _step_of(p) == step]
         damage: list[tuple[Path, str]] = []
         for path in paths:
             state, reason = self._fill(path, fragments)
@@ -314,6 +344,8 @@ class Checkpoints:
                 if self._is_main:
                     for other, _ in damage:
                         set_aside(other, "damaged")
+                    for other in newer:
+                        set_aside(other)
                 self.begun_step = self.saved_step = state.step
                 return path, state
             _log.warning("checkpoint passed over: %s", reason)
@@ -333,7 +365,7 @@ class Checkpoints:
                 reason = str(error)
         manifest, state, reason = self.comms.broadcast((manifest, state, reason))
         if reason is None:
-            _same_run(path, manifest["identity"], self.identity)
+            require_same(path, manifest["identity"], self.identity, self.allowed)
             try:
                 Reader(path, manifest).fill(fragments())
             except CheckpointError as error:
@@ -441,7 +473,7 @@ def newest_masters(folder: Path, fragments_of: Callable[[Path], Iterable[Fragmen
     Damaged ones are named in a warning, passed over, and left where they are. Raises CheckpointError when all are damaged.
     """
     damage = []
-    for path in reversed(_folders(folder)):
+    for path in reversed(list_folders(folder)):
         try:
             manifest = read_manifest(path)
             for name, entry in manifest["files"].items():
@@ -457,16 +489,8 @@ def newest_masters(folder: Path, fragments_of: Callable[[Path], Iterable[Fragmen
     return None
 
 
-def _same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for key in now | saved:
-        if saved.get(key) != now.get(key):
-            raise CheckpointError(
-                f"{path}: was made with {key} = {saved.get(key)!r}, this run has {now.get(key)!r}. Continue with the old "
-                "value, take another run_dir, or start over with --fresh (nothing is deleted)"
-            )
-
-
-def _folders(folder: Path) -> list[Path]:
+def list_folders(folder: Path) -> list[Path]:
+    """The published checkpoints, oldest first; whole, or damaged since."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit())
 
 

@@ -157,7 +157,7 @@ def test_another_order_or_weight_is_another_run(tmp_path, change, message):
     def of(overrides=()):
         config = load(path, overrides)
         made = model_config(config.model, vocab_size=tiny.VOCAB, seq_len=SEQ_LEN, eos_id=0)
-        return identity(Plan.of(config, Topology(), Life("test"), fresh=False), made)
+        return identity(Plan.of(config, Topology(), Life("test")), made)
 
     before = of()
     if change.startswith("mixture"):

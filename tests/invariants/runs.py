@@ -81,7 +81,7 @@ def run(topology, path, overrides=(), stop_at=None, stopping_rank=0):
     stop = StopRequest()
     if stop_at is not None and topology.rank == stopping_rank:
         stop = StopAt(Path(config.run_dir), stop_at)
-    plan = train.Plan.of(config, topology, Life("test"), fresh=False)
+    plan = train.Plan.of(config, topology, Life("test"))
     return train.run_plan(plan, stop)
 
 

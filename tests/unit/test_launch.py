@@ -197,7 +197,7 @@ def test_training_without_shards_is_code_2_before_anything_starts(tmp_path):
     assert result.exit_code == 2
     assert message in result.stderr
     with pytest.raises(DataError, match=message) as raised:
-        train.Plan.of(load(path), Topology(), LIFE, fresh=False)
+        train.Plan.of(load(path), Topology(), LIFE)
     assert raised.value.exit_code == 2
     assert not (tmp_path / "run").exists()
 
@@ -211,7 +211,7 @@ def test_a_batch_that_does_not_divide_is_code_2_before_anything_starts(run):
 
 
 def plan(run, *overrides, world_size=1, fresh=False):
-    return train.Plan.of(load(run, overrides), Topology(world_size=world_size), LIFE, fresh=fresh)
+    return train.Plan.of(load(run, overrides), Topology(world_size=world_size), LIFE, train.Resume(is_fresh=fresh))
 
 
 def test_steps_behind_a_state_are_counted_as_they_were_taken(run):
@@ -471,7 +471,7 @@ def test_the_exit_code_is_the_verdicts(run, tmp_path, monkeypatch, capsys, reaso
     left = verdict(tmp_path, reason, told)
     launcher(tmp_path, monkeypatch, f'{left}; echo "$@" > {tmp_path}/arguments; exit {ends_with}')
     overrides = ["train.epochs=1"]
-    assert local.run(load(run, overrides), str(run), overrides, 2, fresh=True) == code
+    assert local.run(load(run, overrides), str(run), overrides, 2, train.Resume(is_fresh=True)) == code
     assert ("next:" in capsys.readouterr().out) == (reason == "completed")
     arguments = (tmp_path / "arguments").read_text().split()
     assert arguments == [
@@ -483,7 +483,7 @@ def test_the_exit_code_is_the_verdicts(run, tmp_path, monkeypatch, capsys, reaso
 @pytest.mark.parametrize(("body", "code"), [("exit 7", 7), ("exit 0", 1), ("kill -9 $$", 137)])
 def test_ranks_that_leave_no_verdict_are_a_failure(run, tmp_path, monkeypatch, capsys, body, code):
     launcher(tmp_path, monkeypatch, f"echo 'a rank said so' >&2; {body}")
-    assert local.run(load(run), str(run), [], 1, fresh=False) == code
+    assert local.run(load(run), str(run), [], 1, train.Resume()) == code
     error = capsys.readouterr().err
     assert error.startswith("a rank said so\n")
     assert "and left no verdict: see above" in error
@@ -496,7 +496,7 @@ def test_the_first_signal_asks_and_the_ranks_end_by_themselves(run, tmp_path, mo
     )
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
-    assert local.run(load(run), str(run), [], 1, fresh=False) == 128 + signal.SIGINT
+    assert local.run(load(run), str(run), [], 1, train.Resume()) == 128 + signal.SIGINT
     assert (tmp_path / "cause").read_text() == "SIGINT"
     assert "stopping: the last completed step is being saved" in capfd.readouterr().err
 
@@ -506,7 +506,7 @@ def test_a_second_signal_ends_the_ranks_now(run, tmp_path, monkeypatch, capfd):
     timers = [threading.Timer(after, os.kill, (os.getpid(), signal.SIGTERM)) for after in (0.4, 0.7)]
     for timer in timers:
         timer.start()
-    assert local.run(load(run), str(run), [], 1, fresh=False) == 128 + signal.SIGTERM
+    assert local.run(load(run), str(run), [], 1, train.Resume()) == 128 + signal.SIGTERM
     assert "left no verdict" in capfd.readouterr().err
 
 
@@ -514,7 +514,7 @@ def test_the_command_ends_with_the_code_of_the_ranks(run, tmp_path, monkeypatch)
     launcher(tmp_path, monkeypatch, f"{verdict(tmp_path, 'stopped')}")
     assert sft_dist("train", run).exit_code == 128 + signal.SIGTERM
     with pytest.raises(ConfigError, match="not a multiple"):
-        local.run(load(run), str(run), [], 3, fresh=False)
+        local.run(load(run), str(run), [], 3, train.Resume())
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROWS = [
     "errors files data.records",
-    "config topology",
+    "config topology identity",
     "data.token_files data.order schedule limits ledger",
     "data.sources",
     "data.read data.curate data.template data.tokenise data.pack data.shards data.repeats data.select data.scratch",
@@ -19,7 +19,7 @@ ROWS = [
     "data.build data.loader data.view comms loss metrics attention layout",
     "model engine store",
     "checkpoint",
-    "evaluate export",
+    "evaluate export verify",
     "trainer",
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row.split()}
@@ -27,7 +27,7 @@ STAGES = {
     f"data.{name}"
     for name in ["read", "curate", "template", "tokenise", "pack", "shards", "repeats", "select", "scratch"]
 }
-TORCH_FREE = {"errors", "files", "config", "topology", "schedule", "limits", "ledger"} | {
+TORCH_FREE = {"errors", "files", "config", "topology", "schedule", "limits", "ledger", "identity"} | {
     name for name in ROW_OF if name.startswith("data.") and name != "data.loader"
 }
 # module -> the only modules that may import it

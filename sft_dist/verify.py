@@ -1,0 +1,164 @@
+"""Proof of what a run consumed and kept: recomputed from the shards, the order and the files, beside what it recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from sft_dist.checkpoint import TrainState, list_folders, read_manifest, verify
+from sft_dist.data.mixture import Joined
+from sft_dist.data.shards import RowBatch, Shards
+from sft_dist.errors import CheckpointError, DataError
+from sft_dist.layout import Fragment
+from sft_dist.ledger import Ledger, keys, recomputed
+from sft_dist.store import Reader
+
+Order = Callable[[np.ndarray], np.ndarray]
+_ORDINALS, _ROWS = 1 << 20, 1 << 10  # in one go
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of a certificate; `is_right` None: it could not be checked, and the text says why."""
+
+    name: str
+    is_right: bool | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What was checked of a run.
+
+    >>> print(Certificate("runs/x", (Check("fed", True, "8 rows"), Check("export", None, "there is none"))).text)
+    certificate of runs/x
+      right        fed           8 rows
+      not checked  export        there is none
+    VERIFIED: all that could be checked is right
+    """
+
+    subject: str
+    checks: tuple[Check, ...]
+
+    @property
+    def is_right(self) -> bool:
+        """Whether nothing is wrong."""
+        return all(check.is_right is not False for check in self.checks)
+
+    @property
+    def text(self) -> str:
+        """For a person."""
+        words = {True: "right", False: "WRONG", None: "not checked"}
+        lines = [f"  {words[check.is_right]:13}{check.name:14}{check.text}" for check in self.checks]
+        wrong = sum(check.is_right is False for check in self.checks)
+        verdict = f"NOT VERIFIED: {wrong} wrong" if wrong else "VERIFIED: all that could be checked is right"
+        return "\n".join([f"certificate of {self.subject}", *lines, verdict])
+
+
+def checkpoints(folder: Path) -> Iterator[Check]:
+    """Each checkpoint, every byte of it read."""
+    for path in list_folders(folder):
+        damage = verify(path)
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        yield Check("checkpoint", damage is None, damage or f"{path.name}: {size:,} bytes, each as it was written")
+
+
+def usage(order: Order, num_rows: int, begin: int, end: int, skipped: Sequence[tuple[int, int]] = ()) -> np.ndarray:
+    """How often each row is fed by the ordinals [begin, end) of a stream without the skipped ranges: int64 [num_rows].
+
+    >>> usage(lambda ordinals: ordinals % 3, 3, 0, 7, skipped=[(1, 2)]).tolist()
+    [3, 1, 2]
+    """
+    counts = np.zeros(num_rows, np.int64)
+    for sign, first, last in [(1, begin, end), *((-1, a, b) for a, b in skipped)]:
+        for at in range(first, last, _ORDINALS):
+            rows = order(np.arange(at, min(at + _ORDINALS, last)))
+            counts += sign * np.bincount(rows, minlength=num_rows)
+    return counts
+
+
+def fed(
+    state: TrainState, shards: Shards | Joined, order: Order, seed: int, names: Sequence[str] = ("rows",)
+) -> Iterator[Check]:
+    """What the ledger says was fed, and what the order says is to be fed, as the shards hold it."""
+    counts = usage(order, shards.num_rows, state.begin, state.rows_consumed, state.skipped)
+    try:
+        wanted = recomputed(_counted(shards, counts), keys(seed, shards.seq_len))
+    except DataError as error:
+        yield Check("shards", False, str(error))
+        return
+    yield _same_ledger(state.ledger, wanted)
+    yield from _epochs(shards, counts, names, bool(state.skipped))
+    ranges = ", ".join(f"{begin:,} to {end - 1:,}" for begin, end in state.skipped)
+    yield Check("skipped", True, f"on purpose, and recorded: ordinals {ranges}" if ranges else "no row of the stream")
+
+
+def _same_ledger(recorded: Ledger, wanted: Ledger) -> Check:
+    if recorded == wanted:
+        return Check("fed", True, f"{recorded.text}: what the model was given is what the shards and the order say")
+    return Check(
+        "fed", False, f"the model was given {recorded.text}; the shards and the order say {wanted.text}: a row was fed twice, "
+        "left out, or changed on the way",
+    )  # fmt: skip
+
+
+def _epochs(shards: Shards | Joined, counts: np.ndarray, names: Sequence[str], has_skipped: bool) -> Iterator[Check]:
+    """Each row of a set as often as the epochs say: so many times, or once more in an epoch that is not over."""
+    begin = 0
+    for name, one in zip(names, _sets(shards), strict=True):
+        mine = counts[begin : begin + one.num_rows]
+        begin += one.num_rows
+        epochs, low, high = mine.sum() / one.num_rows, int(mine.min()), int(mine.max())
+        times = f"{low}" if low == high else f"{low} to {high}"
+        is_even = high - low <= 1 or has_skipped
+        yield Check("epochs", is_even, f"{one.num_rows:,} {name}, {epochs:.2f} epochs: each fed {times} times")
+
+
+def _sets(shards: Shards | Joined) -> Sequence[Shards]:
+    return shards.sets if isinstance(shards, Joined) else (shards,)
+
+
+def _counted(shards: Shards | Joined, counts: np.ndarray) -> Iterator[tuple[RowBatch, np.ndarray]]:
+    begin = 0
+    for one in _sets(shards):
+        for at in range(0, one.num_rows, _ROWS):
+            numbers = np.arange(at, min(at + _ROWS, one.num_rows))
+            yield one.rows(numbers), counts[begin + numbers]
+        begin += one.num_rows
+
+
+def export(out: Path, step: int, dtype: torch.dtype, folder: Path) -> Check:
+    """Whether the weights of an export are the fp32 masters of the checkpoint of its step, rounded to its dtype."""
+    path = folder / f"step-{step:08d}"
+    if not path.is_dir():
+        return Check("export", None, f"{out}: is of step {step}, whose checkpoint is no longer kept")
+    try:
+        manifest = read_manifest(path)
+        masters = {name: torch.empty(length) for name, length, _ in manifest["tensors"]["parameters"]}
+        Reader(path, manifest).fill(Fragment(n, len(m), 0, {"master": m}) for n, m in masters.items())
+    except CheckpointError as error:
+        return Check("export", False, str(error))
+    seen, different = set(), []
+    for name, values in _weights(out):
+        seen.add(name)
+        if name not in masters or not torch.equal(values.view(-1), masters[name].to(dtype)):
+            different.append(name)
+    different += sorted(masters.keys() - seen)
+    if different:
+        return Check(
+            "export", False, f"{out}: {len(different)} weights are not the masters of step {step}: {different[:3]}"
+        )
+    return Check("export", True, f"{out}: {len(seen)} weights are the fp32 masters of step {step}, in {str(dtype)[6:]}")
+
+
+def _weights(out: Path) -> Iterator[tuple[str, Any]]:
+    for file in sorted(out.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                yield name, tensors.get_tensor(name)
