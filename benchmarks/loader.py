@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from sft_dist.data.loader import Loader, widen
-from sft_dist.data.shards import Manifest, Shards, row_dtype
+from sft_dist.data.shards import Manifest, Shards, digests, row_dtype
 from sft_dist.topology import Topology
 
 SEQ_LEN, MICRO_ROWS, GLOBAL_ROWS, ROWS_PER_SHARD = 1024, 64, 1024, 65_536
@@ -67,6 +67,7 @@ def make(folder: Path, rows: int) -> Shards:
         records["tokens"], records["length"], records["num_targets"] = tokens, SEQ_LEN, 1
         for kind in ("targets", "starts"):
             records[kind] = draw.integers(0, 256, (count, SEQ_LEN // 8), dtype=np.uint8)
+        records["digest"] = digests(records)
         records.tofile(folder / f"{number:05d}.rows")
     os.link(folder / "raw", folder / "megatron.bin")
     write_index(folder / "megatron.idx", np.full(rows, SEQ_LEN, np.int32))
@@ -193,6 +194,13 @@ def prefetch(shards: Shards, repeats: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+class Sparse(Shards):
+    """Rows that nobody wrote have no digests."""
+
+    def _check_rows(self, numbers: np.ndarray, records: np.ndarray) -> None:
+        pass
+
+
 def billion(folder: Path) -> dict[str, float]:
     """Resident memory, and the time to the first micro-batch of a resumed run, over a billion rows in sparse files."""
     rows, seq_len, where = 10**9, 16, folder / "billion"
@@ -200,7 +208,7 @@ def billion(folder: Path) -> dict[str, float]:
     with (where / "00000.rows").open("wb") as file:
         file.truncate(rows * row_dtype(seq_len, "<u2").itemsize)
     counts = {"documents": rows, "tokens": rows, "targets": rows}
-    shards = Shards(where, Manifest(seq_len=seq_len, rows=rows, rows_per_shard=rows, **counts, **ABOUT))
+    shards = Sparse(where, Manifest(seq_len=seq_len, rows=rows, rows_per_shard=rows, **counts, **ABOUT))
     before, anonymous = resident(), []
     loader = Loader(shards, Topology(), seed=0, micro_batch_rows=MICRO_ROWS)
     plans, firsts = [], []

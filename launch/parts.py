@@ -33,10 +33,12 @@ from sft_dist.errors import CheckpointError
 from sft_dist.evaluate import Evaluator, LabelTask, Sampling, open_shards, prompts
 from sft_dist.identity import ALLOWANCES, STREAM, changes
 from sft_dist.ledger import Ledger
+from sft_dist.limits import Verdict
 from sft_dist.metrics import Console, JsonLines, Metrics, TensorBoard
 from sft_dist.model import build, has_dropout, model_config
 from sft_dist.schedule import learning_rate
 from sft_dist.trainer import Cadence
+from sft_dist.watchdog import HUNG_EXIT_CODE, Watchdog
 
 if TYPE_CHECKING:
     from launch.train import Plan, Resume
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed calls what torch renames
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+WATCH = ".watch"  # of a run folder: heartbeats while it runs, and the stacks of a hang
 
 
 def model(plan: Plan) -> tuple[Any, Any]:
@@ -246,6 +251,18 @@ def cadence(plan: Plan, total_steps: int) -> Cadence:
     return Cadence(
         total_steps, config.train.log_every_steps, config.evaluate.every_steps, config.checkpoint.every_steps
     )
+
+
+def watchdog(plan: Plan, state: TrainState) -> Watchdog | None:
+    """What ends the run when a rank hangs; it leaves a verdict, since the ranks can no longer agree on one."""
+    if plan.config.train.hang_seconds is None:
+        return None
+
+    def on_hang(account: str) -> None:
+        Verdict(plan.life.name, "hung", state.step, account, HUNG_EXIT_CODE).write(plan.run_dir / "verdicts")
+
+    folder, seconds = plan.run_dir / WATCH, plan.config.train.hang_seconds
+    return Watchdog(folder, plan.topology, seconds, on_hang, life=plan.life.name).start()
 
 
 def count(model: Any) -> int:

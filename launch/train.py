@@ -16,17 +16,18 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):  # started by path from a clone
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sft_dist import watchdog
 from sft_dist.config import Batch, RunConfig, derive_batch, load, num_steps, total_rows, zero_config, zero_stage
 from sft_dist.data.mixture import Joined, Mixture
 from sft_dist.data.order import Blocks, row_numbers
 from sft_dist.data.shards import Shards
 from sft_dist.errors import ConfigError, SftDistError
-from sft_dist.files import hold
+from sft_dist.files import Hold, hold
 from sft_dist.identity import ALLOWANCES
 from sft_dist.limits import StopRequest, Verdict
 from sft_dist.topology import Life, Topology
@@ -217,6 +218,7 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
         if plan.resume.is_fresh:
             set_aside(plan.run_dir)
         checkpoints.sweep()
+        watchdog.clear(plan.run_dir / parts.WATCH)
         parts.write_run_files(plan, made)
     comms.barrier()
 
@@ -230,6 +232,7 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     )
     say(resumed_from)
 
+    watching = parts.watchdog(plan, state)
     try:
         reason, state = train(
             steps=parts.steps(plan, state, device),
@@ -242,10 +245,13 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
             metrics=metrics,
             stop=stop,
             cadence=parts.cadence(plan, total),
+            watchdog=watching,
             epochs_of_sets=plan.mixture.epochs if plan.mixture and len(plan.mixture.names) > 1 else None,
         )
     finally:
         metrics.close()
+        if watching is not None:
+            watching.close()
     causes = [cause for cause in comms.gather(stop.cause) if cause]
     if plan.topology.is_main:
         detail = f"asked to stop by {causes[0]}" if causes and reason == "stopped" else f"{state.step} of {total} steps"
@@ -265,8 +271,8 @@ def _last_word(run_dir: Path, reason: str, step: int, total: int, detail: str) -
     return f"stopped after step {step} of {total} ({detail}); {kept}. The same command goes on from there"
 
 
-def lock(run_dir: Path) -> TextIO:
-    """Hold the run folder for as long as the file stays open. Raises ConfigError when it is held."""
+def lock(run_dir: Path) -> Hold:
+    """Hold the run folder until what is returned is closed. Raises ConfigError when it is held."""
     try:
         return hold(run_dir / ".lock")
     except BlockingIOError as error:
@@ -276,7 +282,7 @@ def lock(run_dir: Path) -> TextIO:
 
 
 # What a run writes, beside its shards.
-_RUN_FILES = ("run.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "verdicts", "model", "export")
+_RUN_FILES = ("run.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "verdicts", "model", "export", ".watch")
 
 
 def set_aside(run_dir: Path) -> Path | None:

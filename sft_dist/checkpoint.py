@@ -165,7 +165,7 @@ class Checkpoints:
         self.identity, self.attachments = dict(identity), dict(attachments)
         self.allowed: frozenset[str] = frozenset()  # keys of the identity that may have changed on purpose
         self._writer: threading.Thread | None = None
-        self._saved: Saved | None = None
+        self._saved: Saved | BaseException | None = None
         # the last step that a save was begun for, and the last that is safe: the same on every rank once none is in flight
         self.begun_step = self.saved_step = 0
         self._failures = 0  # in a row
@@ -177,17 +177,20 @@ class Checkpoints:
         self.comms, self._aside = comms, comms.aside()
         self._snapshot = Snapshot(comms.topology.rank, comms.topology.world_size)
 
-    def begin(self, fragments: Iterable[Fragment], state: TrainState) -> Saved | None:
+    def begin(
+        self, fragments: Iterable[Fragment], state: TrainState, waiting: Callable[[], None] = lambda: None
+    ) -> Saved | None:
         """Copy the live values, and leave the rest to a thread. At most one save is in flight: one before is waited for.
 
-        Every rank must call it. Returns what became of the one that was waited for.
+        Every rank must call it. `waiting` is called once a second while it waits. Returns what became of the one that was
+        waited for.
         """
         started = time.perf_counter()
-        before = self.finish()
+        before = self.finish(waiting)
         self._snapshot.take(fragments)
         self.begun_step = state.step
         stall = time.perf_counter() - started
-        self._writer = threading.Thread(target=self._write, args=(state, stall), name="checkpoint", daemon=True)
+        self._writer = threading.Thread(target=self._behind, args=(state, stall), name="checkpoint", daemon=True)
         self._writer.start()
         return before
 
@@ -195,12 +198,19 @@ class Checkpoints:
         """What became of a save that ended since the last call, without waiting; None when there is none."""
         return self.finish() if self._writer is not None and not self._writer.is_alive() else None
 
-    def finish(self) -> Saved | None:
-        """Wait for the save in flight; returns what became of it, None when there was none."""
+    def finish(self, waiting: Callable[[], None] = lambda: None) -> Saved | None:
+        """Wait for the save in flight; returns what became of it, None when there was none.
+
+        Raises what ended the thread otherwise than by a file that could not be written: a rank that is gone, or a bug.
+        """
         if self._writer is None:
             return None
-        self._writer.join()
-        saved, self._writer = self._saved, None
+        while self._writer.is_alive():
+            waiting()
+            self._writer.join(1.0)
+        saved, self._writer, self._saved = self._saved, None, None
+        if isinstance(saved, BaseException):
+            raise saved
         if saved.failure is None:
             self.saved_step, self._failures = saved.step, 0
         else:
@@ -221,11 +231,16 @@ class Checkpoints:
         """Whether this rank knows of a save that failed and was not tried again yet; the ranks must agree to do so."""
         return self._failures == 1 and self._writer is None
 
-    def save(self, fragments: Callable[[], Iterable[Fragment]], state: TrainState) -> Saved:
+    def save(
+        self,
+        fragments: Callable[[], Iterable[Fragment]],
+        state: TrainState,
+        waiting: Callable[[], None] = lambda: None,
+    ) -> Saved:
         """Save and wait, as at the end; tried twice. Raises CheckpointError when it cannot be written, on every rank."""
         for _ in range(2):
             self.begin(fragments(), state)
-            saved = self.finish()
+            saved = self.finish(waiting)
             assert saved is not None
             if saved.failure is None:
                 break
@@ -235,8 +250,15 @@ class Checkpoints:
             )
         return saved
 
-    def _write(self, state: TrainState, stall: float) -> None:
-        """The thread: every rank writes its file, the main one then publishes; a failure is everybody's, in one line."""
+    def _behind(self, state: TrainState, stall: float) -> None:
+        """The thread."""
+        try:
+            self._saved = self._write(state, stall)
+        except BaseException as error:  # `finish` raises it where somebody hears
+            self._saved = error
+
+    def _write(self, state: TrainState, stall: float) -> Saved:
+        """Every rank writes its file, the main one then publishes; a failure is everybody's, in one line."""
         started = time.perf_counter()
         final = self.folder / f"step-{state.step:08d}"
         partial = self.folder / f".{final.name}.partial"
@@ -254,7 +276,7 @@ class Checkpoints:
                     shutil.rmtree(partial, ignore_errors=True)
             failure = self._aside.broadcast(failure)
         num_bytes = self._aside.sum([self._snapshot.num_bytes])[0]
-        self._saved = Saved(state.step, final, num_bytes, stall, time.perf_counter() - started, failure)
+        return Saved(state.step, final, num_bytes, stall, time.perf_counter() - started, failure)
 
     @property
     def _is_main(self) -> bool:

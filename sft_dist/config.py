@@ -236,6 +236,8 @@ class TrainConfig(Section):
     seed: int = Field(default=0, ge=0)
     order: Literal["rows"] | BlockOrder = "rows"
     """How the rows of an epoch are shuffled: `rows`, all of them; or `{block_rows: 1024, window_blocks: 64}`."""
+    hang_seconds: Float | None = Field(default=600.0, ge=1.0)
+    """A rank without progress for so long is named, and the run ended with exit code 75; null: waited for."""
     log_every_steps: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
@@ -477,8 +479,8 @@ _DEEPSPEED_KEYS = {
 }
 
 
-# What a ZeRO section may say. DeepSpeed knows more (offload, quantised communication, ZeRO++): checkpoints have not been
-# proved for those, and what is not proved is refused.
+# What a ZeRO section may say. DeepSpeed knows more (NVMe, quantised communication, ZeRO++): checkpoints have not been proved
+# for those, and what is not proved is refused.
 _ZERO_KEYS = {
     "stage",
     "contiguous_gradients",
@@ -488,6 +490,8 @@ _ZERO_KEYS = {
     "allgather_partitions",
     "allgather_bucket_size",
     "sub_group_size",
+    "offload_optimizer",
+    "offload_param",
     "stage3_prefetch_bucket_size",
     "stage3_param_persistence_threshold",
     "stage3_model_persistence_threshold",
@@ -522,6 +526,16 @@ def zero_config(name: str) -> dict[str, Any]:
         close = difflib.get_close_matches(key, _ZERO_KEYS, n=1)
         remedy = f"did you mean {close[0]}?" if close else f"keys here: {', '.join(sorted(_ZERO_KEYS))}"
         raise ConfigError(f"{path}: zero_optimization.{key}: not a key this trainer has proved; {remedy}")
+    for key in ("offload_optimizer", "offload_param"):
+        offload = section.get(key, {"device": "cpu"})
+        is_known = (
+            isinstance(offload, dict) and offload.get("device") == "cpu" and offload.keys() <= {"device", "pin_memory"}
+        )
+        if not is_known or (key in section and section.get("stage", 0) < (3 if key == "offload_param" else 1)):
+            raise ConfigError(
+                f"{path}: zero_optimization.{key}: {offload!r} is not allowed at stage {section.get('stage', 0)}: write "
+                '{"device": "cpu"}, with pin_memory or without; the optimizer from stage 1 on, parameters at stage 3'
+            )
     autos = [key for key, value in section.items() if value == "auto"]
     if autos:
         raise ConfigError(f'{path}: zero_optimization.{autos[0]}: "auto" means nothing here; write a number')

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,29 +19,86 @@ import xxhash
 BLOCK_BYTES = 1 << 20  # a digest each: fits a processor's cache, so that checking costs little beside reading
 
 
-def hold(path: Path, *, is_shared: bool = False) -> TextIO:
-    """Hold a lock file for as long as the returned file stays open: a kill releases it too.
+_BEAT_SECONDS = 4.0  # a holder touches its lock file so often
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
-    Any number may hold it `is_shared`, or one alone. Raises BlockingIOError whose text says who holds it.
+
+class Hold:
+    """A held lock file: a context manager, let go by `close`, by the end of the process, or by a kill."""
+
+    def __init__(self, file: TextIO, *, beats: bool) -> None:
+        self._file, self._over = file, threading.Event()
+        self._beats = beats
+        if beats:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            threading.Thread(target=self._beat, name="lock", daemon=True).start()
+
+    def _beat(self) -> None:
+        while not self._over.wait(_BEAT_SECONDS):
+            os.utime(self._file.fileno())
+
+    def close(self) -> None:
+        """Let go."""
+        self._over.set()
+        if self._beats and not self._file.closed:
+            self._file.truncate(0)  # no trace of a holder: the next one need not ask whether it is alive
+        self._file.close()
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def hold(path: Path, *, is_shared: bool = False) -> Hold:
+    """Hold a lock file until the returned object is closed: a kill releases it too.
+
+    Any number may hold it `is_shared`, or one alone. Raises BlockingIOError whose text says who holds it. The kernel's lock is
+    known to every process of a machine, and on most shared file systems to every machine. Where it may not be, the holder's
+    file tells: it is touched every 4 seconds, so one that another machine wrote and nobody touches any more is stale.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         file = path.open("a+")
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            is_sure = True
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise BlockingIOError(holder) from None
+            raise _held_by(file) from None
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            is_sure = False
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()  # the one before removed it while this one waited at its door
-    if not is_shared:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-    return file
+    if not is_shared and _is_touched(path, file, is_sure=is_sure):
+        raise _held_by(file)
+    return Hold(file, beats=not is_shared)
+
+
+def _held_by(file: TextIO) -> BlockingIOError:
+    file.seek(0)
+    holder = file.read().strip() or "another process"
+    file.close()
+    return BlockingIOError(holder)
+
+
+def _is_touched(path: Path, file: TextIO, *, is_sure: bool) -> bool:
+    """Whether a holder on another machine, which the kernel's lock may not know of, is alive."""
+    file.seek(0)
+    holder = file.read()
+    if not holder or (is_sure and holder.endswith(f" on {socket.gethostname()}")):
+        return False
+    before, end = path.stat().st_mtime_ns, time.monotonic() + 2.5 * _BEAT_SECONDS
+    while time.monotonic() < end:
+        time.sleep(_BEAT_SECONDS / 8)
+        if path.stat().st_mtime_ns != before:
+            return True
+    return False
 
 
 def sync(path: Path) -> None:

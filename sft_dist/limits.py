@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Literal
 
 from sft_dist.files import publish
 
-Reason = Literal["completed", "stopped", "refused", "diverged"]
+Reason = Literal["completed", "stopped", "refused", "diverged", "hung"]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -50,8 +51,8 @@ class Verdict:
     """How a life ended, for whoever decides what comes next: exit codes alone cannot carry it through torchrun.
 
     `completed`: nothing is left to do; `stopped`: asked to, go on later; `refused`: the configuration, the data or the
-    checkpoint is wrong, and starting again will not help; `diverged`: the loss is no longer a number. No verdict at
-    all means that the life was killed.
+    checkpoint is wrong, and starting again will not help; `diverged`: the loss is no longer a number; `hung`: a rank made no
+    progress. No verdict at all means that the life was killed.
     """
 
     life: str
@@ -64,7 +65,7 @@ class Verdict:
         """Publish as `folder/<life>.json`, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.life}.json"
-        staged = path.with_suffix(".partial")
+        staged = folder / f".{self.life}-{os.getpid()}.partial"  # more than one rank may have the last word
         staged.write_text(json.dumps(asdict(self), indent=2))
         publish(staged, path)
         return path

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
+
+_log = logging.getLogger("sft_dist")
 
 # JSONL key -> TensorBoard tag. The unit is in the name; a metric that is not here is not written.
 TAGS = {
@@ -72,7 +76,8 @@ class JsonLines:
         staged = path.with_suffix(".partial")
         staged.write_text("".join(json.dumps(line) + "\n" for line in kept))
         staged.replace(path)
-        self._file = path.open("a")
+        self._path, self._file = path, path.open("ab", buffering=0)
+        self._good, self._held = path.stat().st_size, []  # bytes of whole lines; lines that wait for room
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._write({"step": step, **values})
@@ -81,12 +86,29 @@ class JsonLines:
         self._write({"step": step, "samples": [dict(answer) for answer in answers]})
 
     def close(self) -> None:
+        self._flush()
         os.fsync(self._file.fileno())
         self._file.close()
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._held.append(json.dumps(line).encode() + b"\n")
+        self._flush()
+
+    def _flush(self) -> None:
+        """Append what is held; on a full disk it stays held, and no line is left half written."""
+        content = b"".join(self._held)
+        try:
+            written = self._file.write(content) if content else 0
+            if written < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._file.truncate(self._good)
+            if len(self._held) == 1:
+                _log.warning(
+                    "%s: %s: its lines are held in memory until they can be written", self._path, error.strerror
+                )
+            return
+        self._good, self._held = self._good + written, []
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -109,23 +131,37 @@ class TensorBoard:
     """Event files; a resumed run hides what lies beyond the step it goes on from."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
+        self._folder = folder
+        self._writer: Any = self._open(resume_step + 1 if resume_step else 0)
+
+    def _open(self, purge_step: int | None = None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0, flush_secs=10)
+        return SummaryWriter(str(self._folder), purge_step=purge_step, flush_secs=10)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            if written := tag(name):
-                self._writer.add_scalar(written, value, step)
+        tagged = {tag(name): value for name, value in values.items() if tag(name)}
+        self._act(lambda writer: [writer.add_scalar(name, value, step) for name, value in tagged.items()])
 
     def samples(self, step: int, answers: Iterable[Mapping[str, str]]) -> None:
         for number, answer in enumerate(answers):
             text = f"**prompt**\n\n```\n{answer['prompt']}\n```\n\n**answer**\n\n```\n{answer['answer']}\n```\n\n"
             text += f"**expected**\n\n```\n{answer['expected']}\n```"
-            self._writer.add_text(f"samples/{number}", text, step)
+            self._act(lambda writer, number=number, text=text: writer.add_text(f"samples/{number}", text, step))
 
     def close(self) -> None:
-        self._writer.close()
+        self._act(lambda writer: writer.close())
+
+    def _act(self, act: Callable[[Any], Any]) -> None:
+        """A view of the metrics must not end a run: on a full disk it misses some, and goes on in a file of its own."""
+        try:
+            self._writer = self._writer or self._open()
+            act(self._writer)
+        except OSError as error:
+            _log.warning(
+                "%s: %s: TensorBoard misses what comes now; metrics.jsonl will have it", self._folder, error.strerror
+            )
+            self._writer = None
 
 
 class Console:
@@ -197,10 +233,9 @@ _SHOWN = {
     "validation_perplexity": "perplexity {:.2f}",
     "validation_accuracy": "accuracy {:.4f}",
     "validation_f1": "F1 {:.4f}",
-    "checkpoint_bytes": "saved: {:,.0f} bytes",
-    "checkpoint_stall_seconds": "held the loop {:.2f} s",
-    "checkpoint_write_seconds": "written in {:.2f} s",
-    "checkpoint_gb_per_second": "{:.2f} GB/s",
+    "checkpoint_bytes": "saved {:,.0f} bytes",
+    "checkpoint_write_seconds": "in {:.2f} s",
+    "checkpoint_stall_seconds": "of which the loop waited {:.2f} s",
 }
 
 

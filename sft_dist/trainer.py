@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from sft_dist.checkpoint import Checkpoints, Saved, TrainState
 from sft_dist.comms import Comms
 from sft_dist.engine import Applied, Engine
 from sft_dist.errors import SftDistError
-from sft_dist.evaluate import Evaluator
+from sft_dist.evaluate import Evaluator, Forward
 from sft_dist.ledger import Ledger
 from sft_dist.limits import Reason, StopRequest
 from sft_dist.metrics import Metrics, peak_memory_bytes
+from sft_dist.watchdog import Watchdog
 
 
 class DivergedError(SftDistError):
     """The loss or the gradient is no longer a number; nothing of that step is saved."""
 
     verdict = "diverged"
+
+
+class _AbandonedError(Exception):
+    """An evaluation that all ranks agreed to leave, because one was asked to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +54,49 @@ def train(
     metrics: Metrics,
     stop: StopRequest,
     cadence: Cadence,
+    watchdog: Watchdog | None = None,
     epochs_of_sets: Callable[[int], Mapping[str, float]] | None = None,
 ) -> tuple[Reason, TrainState]:
     """Feed `steps` to the engine from `state` on, until they end or any rank is asked to stop.
 
-    `epochs_of_sets`, of a mixture: rows consumed -> how often each set was gone through, by name, in the engine's order.
+    `watchdog` is told of every phase, in which all ranks beat equally often. `epochs_of_sets`, of a mixture: rows consumed -> how often each set was gone through, by name, in the engine's order.
     Returns why it ended and the state that is saved by then. Raises DivergedError on a loss or gradient that is not finite.
     """
     start_step = state.step
     reason: Reason = "completed"
-    if state.step == 0 and not comms.agree(stop.is_wanted()):
-        _measure(0, engine, evaluator, metrics)
+
+    def beat(phase: str) -> None:
+        if watchdog is not None:
+            watchdog.beat(state.step, phase)
+
+    def waiting() -> None:
+        if watchdog is not None:
+            watchdog.wait(state.step, "waits for a save")
+
+    def is_to_stop(phase: str) -> bool:
+        beat("vote")
+        is_wanted = comms.agree(stop.is_wanted())
+        beat(phase)
+        return is_wanted
+
+    def logits(*batch: torch.Tensor) -> torch.Tensor:
+        beat("evaluate")
+        return engine.logits(*batch)
+
+    def logits_unless_stopped(*batch: torch.Tensor) -> torch.Tensor:
+        if is_to_stop("evaluate"):
+            raise _AbandonedError
+        return engine.logits(*batch)
+
+    if state.step == 0:
+        with contextlib.suppress(_AbandonedError):  # the first step's vote will stop the run
+            _measure(0, logits_unless_stopped, evaluator, metrics)
 
     for step in steps:
         started = time.perf_counter()
 
         # agree: one exchange carries the loss denominator, every rank's wish to stop, and whether a save failed behind the loop
+        beat("agree")
         mine = [step.num_targets, step.num_tokens, stop.is_wanted(), checkpoints.wants_retry]
         targets, tokens, wishes, retries = comms.sum(mine)
         if wishes:
@@ -74,14 +109,15 @@ def train(
             step.micro_batches,
             denominator=max(1, targets),
             learning_rate=rate,
-            should_abandon=lambda: comms.agree(stop.is_wanted()),
+            should_abandon=lambda: is_to_stop("forward and backward"),
         )
+        beat("account")
         if applied is None:
             reason = "stopped"
             break
         loss = comms.sum_tensor(applied.loss_sum.cpu()).item() / max(1, targets)
         if not (math.isfinite(loss) and math.isfinite(applied.grad_norm)):
-            checkpoints.finish()
+            checkpoints.finish(waiting)
             raise DivergedError(
                 f"step {state.step + 1}: loss {loss}, gradient norm {applied.grad_norm} (rows "
                 f"{state.rows_consumed} to {state.rows_consumed + step.num_rows - 1} of the stream). "
@@ -109,22 +145,26 @@ def train(
 
         # keep
         if _is_due(state.step, cadence.evaluate_steps) and state.step < cadence.last_step:
-            measured = evaluator.loss(engine.logits)
-            metrics.scalars(state.step, measured)
-            if measured:
-                state = replace(state, evaluated=(state.step, measured["validation_loss"]))
+            with contextlib.suppress(_AbandonedError):  # the next step's vote will stop the run
+                measured = evaluator.loss(logits_unless_stopped)
+                metrics.scalars(state.step, measured)
+                if measured:
+                    state = replace(state, evaluated=(state.step, measured["validation_loss"]))
         _report(checkpoints.finished(), metrics)
         if _is_due(state.step, cadence.checkpoint_steps) or retries:
-            _report(checkpoints.begin(engine.fragments(), state), metrics)
+            beat("save")
+            _report(checkpoints.begin(engine.fragments(), state, waiting), metrics)
 
     # finish: the last step is on its way to the disk while it is measured
     if state.step > checkpoints.begun_step:
-        _report(checkpoints.begin(engine.fragments(), state), metrics)
+        beat("save")
+        _report(checkpoints.begin(engine.fragments(), state, waiting), metrics)
     if reason == "completed" and state.step > start_step:
-        _measure(state.step, engine, evaluator, metrics)
-    _report(checkpoints.finish(), metrics)
+        _measure(state.step, logits, evaluator, metrics)
+    beat("save")
+    _report(checkpoints.finish(waiting), metrics)
     if state.step > checkpoints.saved_step:
-        _report(checkpoints.save(engine.fragments, state), metrics)
+        _report(checkpoints.save(engine.fragments, state, waiting), metrics)
     return reason, state
 
 
@@ -143,10 +183,10 @@ def _by_set(applied: Applied, comms: Comms, epochs: Mapping[str, float]) -> dict
     return values
 
 
-def _measure(step: int, engine: Engine, evaluator: Evaluator, metrics: Metrics) -> None:
+def _measure(step: int, forward: Forward, evaluator: Evaluator, metrics: Metrics) -> None:
     """Every metric and the sample answers: what is compared before and after."""
-    metrics.scalars(step, evaluator.metrics(engine.logits))
-    if answers := evaluator.samples(engine.logits):
+    metrics.scalars(step, evaluator.metrics(forward))
+    if answers := evaluator.samples(forward):
         metrics.samples(step, answers)
 
 

@@ -2,7 +2,7 @@
 
 The state is one integer, the rows consumed so far. A micro-batch is a block of consecutive ordinals of the stream, and
 block k of a step goes to rank k mod world size: which rows share a forward pass does not depend on how many ranks there are.
-Rows travel as they are stored (2.25 bytes a token) and are widened on the device of the model.
+Rows travel as they are stored (2.27 bytes a token) and are widened on the device of the model.
 """
 
 from __future__ import annotations

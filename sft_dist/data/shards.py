@@ -2,6 +2,7 @@
 
 A folder is one split. `00000.rows` and its successors are flat arrays of records, one a row, so that a row is one read:
 
+    digest        uint64: XXH3 of the bytes after it, compared whenever the row is read
     length        uint32: tokens before the padding
     num_targets   uint32: tokens that carry loss
     tokens        uint16 or uint32 [seq_len]
@@ -22,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from sft_dist.data.records import Document
 from sft_dist.errors import DataError
 from sft_dist.files import describe, digest_of, sync
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _BLOCK_ROWS = 512
 
 
@@ -63,15 +65,24 @@ class Manifest:
 
 
 def row_dtype(seq_len: int, token_dtype: np.dtype | str) -> np.dtype:
-    """The record of a row; its size is a multiple of 4 bytes, so that every field of every row is aligned.
+    """The record of a row; its size is a multiple of 8 bytes, so that every field of every row is aligned.
 
     >>> row_dtype(1024, "<u2").itemsize / 1024
-    2.2578125
+    2.265625
     """
     bits = -(-seq_len // 8)
-    size = 8 + seq_len * np.dtype(token_dtype).itemsize + 2 * bits
-    fields = [("length", "<u4"), ("num_targets", "<u4"), ("tokens", token_dtype, (seq_len,))]
-    return np.dtype([*fields, ("targets", "u1", (bits,)), ("starts", "u1", (bits,)), ("padding", f"V{-size % 4}")])
+    size = 16 + seq_len * np.dtype(token_dtype).itemsize + 2 * bits
+    fields = [("digest", "<u8"), ("length", "<u4"), ("num_targets", "<u4"), ("tokens", token_dtype, (seq_len,))]
+    return np.dtype([*fields, ("targets", "u1", (bits,)), ("starts", "u1", (bits,)), ("padding", f"V{-size % 8}")])
+
+
+def digests(records: np.ndarray) -> np.ndarray:
+    """What the field `digest` of each of these records must hold: uint64 [rows]."""
+    size = records.dtype.itemsize
+    content = memoryview(np.ascontiguousarray(records).view(np.uint8))
+    begins = range(0, len(records) * size, size)
+    made = (xxhash.xxh3_64_intdigest(content[begin + 8 : begin + size]) for begin in begins)
+    return np.fromiter(made, np.uint64, len(records))
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +241,7 @@ def _records(rows: Sequence[Sequence[Document]], seq_len: int, vocab_size: int, 
     records["num_targets"] = flags[0].sum(axis=1)
     records["tokens"] = tokens
     records["targets"], records["starts"] = np.packbits(flags[0], axis=1), np.packbits(flags[1], axis=1)
+    records["digest"] = digests(records)
     return records
 
 
@@ -277,7 +289,10 @@ class Shards:
             raise DataError(f"{path}: damaged; {_REMEDY}")
         if version != FORMAT_VERSION:
             raise DataError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}; {_REMEDY}")
-        manifest = Manifest(**values)
+        try:
+            manifest = _sound(Manifest(**values))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: {error}; {_REMEDY}") from None
         for name, entry in manifest.files.items():
             _check(folder / name, entry, is_whole=verify)
         return cls(folder, manifest)
@@ -285,12 +300,13 @@ class Shards:
     def stored(self, numbers: np.ndarray) -> StoredRows:
         """The rows of these numbers, int64 [n], in their order, as they lie in the files; fastest for ascending numbers.
 
-        Raises IndexError for a row that does not exist.
+        Raises IndexError for a row that does not exist, DataError for one whose bytes are not the ones that were written.
         """
         numbers, order, parts = self._parts(numbers)
         out = np.empty(len(numbers), self.dtype)
         for begin, end, source, places in parts:
             source.take(places, out=out[begin:end], mode="clip")  # "raise" would use a buffer
+        self._check_rows(numbers, out)
         return StoredRows(out if order is None else out.take(_inverse(order), mode="clip"))
 
     def rows(self, numbers: np.ndarray) -> RowBatch:
@@ -329,6 +345,14 @@ class Shards:
         shards = range(-(-self.num_rows // self.manifest.rows_per_shard))
         return np.concatenate([np.bitwise_count(self._map(n)["starts"]).sum(axis=1, dtype=np.int64) for n in shards])
 
+    def _check_rows(self, numbers: np.ndarray, records: np.ndarray) -> None:
+        damaged = np.flatnonzero(digests(records) != records["digest"])
+        if damaged.size:
+            shard, place = divmod(int(numbers[damaged[0]]), self.manifest.rows_per_shard)
+            raise DataError(
+                f"{self.folder / f'{shard:05d}.rows'}: row {place}: its bytes are not the ones that were written; {_REMEDY}"
+            )
+
     def _unpacked(self, bits: np.ndarray) -> np.ndarray:
         return np.unpackbits(bits, axis=1, count=self.seq_len).view(bool)
 
@@ -356,6 +380,28 @@ class Shards:
             records = np.memmap(self.folder / f"{number:05d}.rows", dtype=self.dtype, mode="r")
             self._maps[number] = np.asarray(records)  # not a memmap: its slices are slow to make
         return self._maps[number]
+
+
+def _sound(manifest: Manifest) -> Manifest:
+    """The manifest, if its numbers agree with one another; raises ValueError. Nothing is opened or allocated before."""
+    counts = [
+        getattr(manifest, name) for name in ("seq_len", "rows", "rows_per_shard", "documents", "tokens", "targets")
+    ]
+    if not all(type(count) is int and count >= 0 for count in counts) or 0 in counts[:3]:
+        raise ValueError(
+            f"rows of {counts[0]!r} tokens, {counts[1]!r} rows, {counts[2]!r} a shard: not numbers of a shard"
+        )
+    if manifest.dtype not in ("<u2", "<u4"):
+        raise ValueError(f"tokens of dtype {manifest.dtype!r}; there are <u2 and <u4")
+    row_bytes, left = row_dtype(manifest.seq_len, manifest.dtype).itemsize, manifest.rows
+    for number in range(-(-manifest.rows // manifest.rows_per_shard)):
+        name, rows = f"{number:05d}.rows", min(left, manifest.rows_per_shard)
+        left -= rows
+        if manifest.files.get(name, {}).get("bytes") != rows * row_bytes:
+            raise ValueError(f"{name} does not hold {rows} rows of {row_bytes} bytes")
+    if len(manifest.files) != number + 1:
+        raise ValueError(f"{len(manifest.files)} files for {manifest.rows} rows")
+    return manifest
 
 
 _MAX_MAPS = 16_384  # Linux allows a process 65,530 maps

@@ -147,8 +147,8 @@ def test_a_run_on_two_sets_tells_the_loss_and_the_epochs_of_each(tmp_path):
 def test_another_order_or_weight_is_another_run(tmp_path, change, message):
     from launch.parts import identity
     from launch.train import Plan
-    from sft_dist.checkpoint import _same_run
     from sft_dist.errors import CheckpointError
+    from sft_dist.identity import require_same
     from sft_dist.model import model_config
     from sft_dist.topology import Life, Topology
 
@@ -164,4 +164,4 @@ def test_another_order_or_weight_is_another_run(tmp_path, change, message):
         path.write_text(path.read_text().replace("weight: 3.0", "weight: 2.0"))
     after = of([change] if "=" in change else [])
     with pytest.raises(CheckpointError, match=message):
-        _same_run(path, before, after)
+        require_same(path, before, after, ())

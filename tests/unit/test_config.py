@@ -398,7 +398,11 @@ BAD_ZERO = [
     ('{"zero_optimization": {"stage": "2"}}', r"zero_optimization\.stage: '2' is not one of 0, 1, 2, 3; use one of these"),
     ('{"zero_optimization": {"stage": true}}', r"zero_optimization\.stage: True is not one of 0, 1, 2, 3; use one of these"),
     ('{"zero_optimization": {"stage": 2, "reduce_buket_size": 5}}', r"reduce_buket_size"),
-    ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "buffer_count": "auto"}}}', r"zero_optimization\.offload_param: not a key this trainer has proved"),
+    ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "buffer_count": "auto"}}}', r"zero_optimization\.offload_param: .* is not allowed at stage 3: write"),
+    ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', r"offload_param: \{'device': 'nvme'\} is not allowed at stage 3"),
+    ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "offload_param: .* is not allowed at stage 2"),
+    ('{"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}', "offload_optimizer: .* is not allowed at stage 0"),
+    ('{"zero_optimization": {"stage": 2, "offload_optimizer": true}}', "offload_optimizer: True is not allowed at stage 2"),
 ]  # fmt: skip
 
 

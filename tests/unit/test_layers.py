@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 ROWS = [
     "errors files data.records",
     "config topology identity",
-    "data.token_files data.order schedule limits ledger",
+    "data.token_files data.order schedule limits ledger watchdog",
     "data.sources",
     "data.read data.curate data.template data.tokenise data.pack data.shards data.repeats data.select data.scratch",
     "data.work data.mixture",
@@ -27,7 +27,7 @@ STAGES = {
     f"data.{name}"
     for name in ["read", "curate", "template", "tokenise", "pack", "shards", "repeats", "select", "scratch"]
 }
-TORCH_FREE = {"errors", "files", "config", "topology", "schedule", "limits", "ledger", "identity"} | {
+TORCH_FREE = {"errors", "files", "config", "topology", "schedule", "limits", "ledger", "identity", "watchdog"} | {
     name for name in ROW_OF if name.startswith("data.") and name != "data.loader"
 }
 # module -> the only modules that may import it
@@ -39,7 +39,7 @@ OWNERS = {
     "gigatoken": {"data.tokenise"},
     "ftfy": {"data.curate"},
     "rensa": {"data.repeats"},
-    "xxhash": {"files"},
+    "xxhash": {"files", "data.shards"},
 }
 
 

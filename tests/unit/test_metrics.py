@@ -1,5 +1,7 @@
+import errno
 import io
 import json
+import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -83,6 +85,57 @@ def test_samples_of_any_text_survive_the_file(tmp_path):
     sink.samples(1, answers)
     sink.close()
     assert read_lines(path) == [{"step": 1, "samples": answers}]
+
+
+class FullFor:
+    """A file on a disk that is full for so many writes; the first of them writes a part."""
+
+    def __init__(self, file, times):
+        self.file, self.times = file, times
+
+    def write(self, content):
+        self.times -= 1
+        if self.times < 0:
+            return self.file.write(content)
+        if self.times % 2:
+            return self.file.write(content[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_lines_wait_in_memory_while_the_disk_is_full(tmp_path, times, caplog):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonLines(path, 0)
+    sink.scalars(1, {"loss": 1.0})
+    sink._file = FullFor(sink._file, times)
+    for step in range(2, 2 + times):
+        sink.scalars(step, {"loss": 1.0})
+        assert steps_of(path) == [1]  # and no half line
+    sink.scalars(9, {"loss": 1.0})
+    assert steps_of(path) == [1, *range(2, 2 + times), 9]
+    sink.close()
+    assert len(caplog.records) == 1
+    assert "metrics.jsonl: No space left on device: its lines are held in memory" in caplog.text
+
+
+def test_tensorboard_misses_what_cannot_be_written_and_goes_on(tmp_path, monkeypatch, caplog):
+    sink = TensorBoard(tmp_path, 0)
+    sink.scalars(1, {"loss": 1.0})
+    sink._writer.flush()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sink._writer, "add_scalar", full)
+    sink.scalars(2, {"loss": 2.0})
+    assert "TensorBoard misses what comes now" in caplog.text
+    time.sleep(1.1)  # event files are named by the second
+    sink.scalars(3, {"loss": 3.0})
+    sink.close()
+    assert [event.step for event in accumulated(tmp_path).Scalars("train/loss")] == [1, 3]
 
 
 def board(folder, steps, resume_step=0, texts=()):

@@ -110,7 +110,8 @@ def test_how_much_is_read_and_planned_at_a_time_changes_nothing(shards, monkeypa
             assert torch.equal(getattr(ours, name), getattr(theirs, name))
 
 
-def test_a_billion_rows_cost_no_memory_and_no_time_to_resume(tmp_path):
+def test_a_billion_rows_cost_no_memory_and_no_time_to_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(Shards, "_check_rows", lambda *_: None)  # a sparse file holds no digests
     rows, seq_len = 10**9, 8
     with (tmp_path / "00000.rows").open("wb") as file:
         file.truncate(rows * row_dtype(seq_len, "<u2").itemsize)  # sparse

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from sft_dist.data.records import Document
 from sft_dist.data.shards import FORMAT_VERSION, Shards, row_dtype, write
 from sft_dist.errors import DataError
+from sft_dist.files import digest_of
 
 ABOUT = {"eos_id": 0, "pad_id": 1, "tokenizer": "t", "template": "p"}
 
@@ -106,6 +107,10 @@ def test_every_flipped_byte_is_found(tmp_path):
             path.write_bytes(content)
             with pytest.raises(DataError, match=f"{path.name}: its bytes are not the ones that were written"):
                 Shards.open(folder, verify=True)
+            with pytest.raises(
+                DataError, match=rf"{path.name}: row 0: its bytes are not the ones that were written; prepare"
+            ):
+                Shards.open(folder).stored(np.arange(2))
             content[place] ^= 1
         path.write_bytes(content)
     Shards.open(folder, verify=True)
@@ -128,7 +133,7 @@ def test_each_damage_is_named_with_a_remedy(tmp_path):
             Shards.open(folder)
     (folder / "manifest.json").write_text(manifest)
     (folder / "00000.rows").write_bytes(b"")
-    with pytest.raises(DataError, match=r"00000.rows: 0 bytes, the manifest says 28; prepare again"):
+    with pytest.raises(DataError, match=r"00000.rows: 0 bytes, the manifest says 40; prepare again"):
         Shards.open(folder)
     (folder / "00000.rows").unlink()
     with pytest.raises(DataError, match=r"00000.rows: missing; prepare again"):
@@ -139,3 +144,27 @@ def test_a_token_costs_two_bytes_and_a_quarter(tmp_path):
     folder = tmp_path / "train"
     write(folder, [documents([1024])] * 20, seq_len=1024, rows_per_shard=8, vocab_size=50_257, **ABOUT)
     assert sum(path.stat().st_size for path in folder.glob("0*")) / (20 * 1024) < 2.3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seq_len": 1 << 20}, "does not hold 1 rows of"),
+        ({"seq_len": 1 << 40}, "does not fit into a C int"),
+        ({"seq_len": 0}, "rows of 0 tokens"),
+        ({"rows": -1}, "-1 rows"),
+        ({"rows": 1 << 50}, "00002.rows does not hold"),
+        ({"rows_per_shard": "8"}, "'8' a shard"),
+        ({"dtype": "|O"}, r"tokens of dtype '\|O'"),
+        ({"files": {"../x": {"bytes": 2}}}, "00000.rows does not hold"),
+        ({"rows": 1}, "2 files for 1 rows"),
+        ({"more": 1}, "unexpected keyword argument 'more'"),
+    ],
+)
+def test_a_forged_manifest_is_refused_before_its_sizes_are_used(tmp_path, change, message):
+    path = made(tmp_path) / "manifest.json"
+    values = {**json.loads(path.read_text()), **change}
+    values.pop("digest")
+    path.write_text(json.dumps({**values, "digest": digest_of(values)}))
+    with pytest.raises(DataError, match=message):
+        Shards.open(path.parent)
