@@ -175,9 +175,8 @@ class Watchdog:
         return results[0] if results else None
 
     def _dump(self) -> None:
-        with tempfile.TemporaryFile(
-            "w+"
-        ) as local:  # faulthandler keeps the GIL while it writes: to a disk that answers
+        # faulthandler keeps the GIL while it writes: to a disk that answers
+        with tempfile.TemporaryFile("w+") as local:
             faulthandler.dump_traceback(local)
             local.seek(0)
             print(self._now(), local.read(), sep="\n", file=self._stacks_file, flush=True)
