@@ -26,12 +26,15 @@ from typing import Any
 import torch
 from memory import begin_peak, peak_mib
 
-from sft_dist.checkpoint import Checkpoints, Retention, TrainState
+from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
 from sft_dist.config import ModelConfig, TrainConfig, derive_batch, zero_config
 from sft_dist.engine import Engine
 from sft_dist.files import BLOCK_BYTES
 from sft_dist.model import build, model_config
+from sft_dist.preflight import rehearse
+from sft_dist.retention import Retention
+from sft_dist.state import TrainState
 from sft_dist.store import Run, check_index, index
 from sft_dist.topology import Topology
 
@@ -98,7 +101,7 @@ def measure(topology: Topology, stage: int, folder: Path, options: argparse.Name
         folder / "ours", identity={}, attachments={}, retention=Retention(1), stage=stage, comms=comms
     )
     before = begin_peak()
-    checkpoints.preflight(engine.fragments)
+    rehearse(checkpoints, engine.fragments)
     fragments = list(engine.fragments())
     num_bytes = sum(value.nbytes for fragment in fragments for value in fragment.values.values())
     stalls, writes = [], []
@@ -246,7 +249,7 @@ def overhead(comms: Comms, engine: Engine, folder: Path, options: argparse.Names
         checkpoints = Checkpoints(
             folder, identity={}, attachments={}, retention=Retention(1), stage=engine.stage, comms=comms
         )
-        checkpoints.preflight(engine.fragments)
+        rehearse(checkpoints, engine.fragments)
         began = saved = time.perf_counter()
         step = 0
         while comms.broadcast(time.perf_counter() - began) < options.train_seconds:

@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launch.train import order_of, rows_of
 from sft_dist import evaluate as measure
 from sft_dist import verify as proof
-from sft_dist.checkpoint import list_folders, newest_masters, read_manifest, read_state, verify
+from sft_dist.checkpoint import newest_masters, read_manifest, read_state, verify
 from sft_dist.config import read
 from sft_dist.data.loader import Loader
 from sft_dist.data.mixture import Joined
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.export import ABOUT, export, read_run
+from sft_dist.retention import list_folders
 from sft_dist.topology import Topology
 
 transformers.logging.set_verbosity_error()
@@ -41,7 +42,9 @@ def _open(model: str) -> tuple[Any, str, list[str]]:
         trained = read_run(Path(model))
         return trained.model, str(trained.tokenizer), trained.config.shards_dirs
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, attn_implementation="sdpa").eval()
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+        ).eval()
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{model}: neither a run folder nor a model ({str(error).splitlines()[0]}). Name a run_dir, an export, or a "
@@ -186,7 +189,7 @@ def export_run(run_dir: Path, out: Path, dtype: str | None) -> None:
 def answer_prompt(model: str, prompt: str, max_new_tokens: int) -> str:
     """The model's greedy answer to one prompt, through its own chat template."""
     loaded, folder, _ = _open(model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise ConfigError(f"{model}: its tokenizer has no chat template; export it from a run, or add one")
     asked = tokenizer.apply_chat_template(

@@ -166,6 +166,18 @@ def checkpoints(run_dir: str, is_read: bool) -> None:
     click.echo(list_checkpoints(Path(run_dir), is_read=is_read))
 
 
+@main.command(name="import")
+@click.argument("source", metavar="CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("run_file", metavar="RUN.yaml")
+@OVERRIDES
+def import_(source: Path, run_file: str, overrides: tuple[str, ...]) -> None:
+    """A checkpoint of DeepSpeed or the Hugging Face Trainer → the first one of a run, which then goes on from it."""
+    from launch.adopt import adopt
+    from sft_dist.config import load
+
+    click.echo(adopt(load(run_file, overrides), source))
+
+
 @main.command(name="eval")
 @click.argument("models", metavar="RUN_DIR|MODEL...", nargs=-1, required=True)
 @click.option("--shards", help="Folder of prepared shards; default: the run's own.")

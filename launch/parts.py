@@ -20,7 +20,7 @@ import transformers
 import yaml
 
 from sft_dist.attention import prove_isolation as _prove
-from sft_dist.checkpoint import Checkpoints, Past, Retention, TrainState, list_folders, read_manifest
+from sft_dist.checkpoint import Checkpoints, read_manifest
 from sft_dist.comms import Comms
 from sft_dist.config import zero_stage
 from sft_dist.data.build import read_conversations
@@ -29,14 +29,17 @@ from sft_dist.data.mixture import Joined
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.data.work import template_for
 from sft_dist.engine import Engine
-from sft_dist.errors import CheckpointError
+from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.evaluate import Evaluator, LabelTask, Sampling, open_shards, prompts
+from sft_dist.files import first_free
 from sft_dist.identity import ALLOWANCES, STREAM, changes
 from sft_dist.ledger import Ledger
 from sft_dist.limits import Verdict
 from sft_dist.metrics import Console, JsonLines, Metrics, TensorBoard
 from sft_dist.model import build, has_dropout, model_config
+from sft_dist.retention import Retention, list_folders
 from sft_dist.schedule import learning_rate
+from sft_dist.state import Past, TrainState
 from sft_dist.trainer import Cadence
 from sft_dist.watchdog import HUNG_EXIT_CODE, Watchdog
 
@@ -89,6 +92,10 @@ def comms(plan: Plan) -> tuple[Comms, torch.device]:
     if torch.cuda.is_available():
         device = torch.device("cuda", plan.topology.local_rank)
         torch.cuda.set_device(device)
+    elif plan.config.train.precision == "fp16":
+        raise ConfigError(
+            "train.precision: 'fp16' is not allowed without a GPU: DeepSpeed has it on GPUs only. Use bf16 or fp32"
+        )
     # DeepSpeed reads the world from the environment, and would look for MPI where there is none.
     for name in ("RANK", "LOCAL_RANK"):
         os.environ.setdefault(name, "0")
@@ -138,7 +145,7 @@ def prove_isolation(plan: Plan, engine: Engine, made: Any) -> float:
     return _prove(
         engine.logits,
         plan.shards.manifest.vocab_size,
-        is_16_bit=plan.config.train.precision == "bf16",
+        is_16_bit=plan.config.train.precision != "fp32",
         kernel=getattr(made, "_attn_implementation", None) or "default",
     )
 
@@ -153,7 +160,7 @@ def resume(plan: Plan, checkpoints: Checkpoints, engine: Engine) -> tuple[TrainS
         return TrainState(), "starting at step 0"
     path, restored = found
     state, notes = with_changes(restored, read_manifest(path)["identity"], checkpoints.identity, plan.resume)
-    engine.restored(state.adam_step)
+    engine.restored(state.adam_step, state.loss_scale)
     lines = [f"resuming from step {state.step} of {plan.steps(state)} ({path})", *notes]
     before = yaml.safe_load((path / "run.yaml").read_text())["train"]
     now = plan.config.train.model_dump()
@@ -236,9 +243,12 @@ def metrics(plan: Plan, state: TrainState, total_steps: int) -> tuple[Metrics, C
     if not plan.topology.is_main:
         logging.getLogger("sft_dist").setLevel(logging.CRITICAL)
         return Metrics(), lambda text: None
+    path = plan.run_dir / "metrics.jsonl"
+    if plan.resume.from_step is not None and path.exists():  # what lies beyond that step is cut off, so a copy is kept
+        shutil.copyfile(path, first_free(path))
     console = Console(total_steps, state.step, sys.stdout)
     sinks = (
-        JsonLines(plan.run_dir / "metrics.jsonl", state.step),
+        JsonLines(path, state.step),
         TensorBoard(plan.run_dir / "tensorboard", state.step),
         console,
     )
@@ -263,6 +273,11 @@ def watchdog(plan: Plan, state: TrainState) -> Watchdog | None:
 
     folder, seconds = plan.run_dir / WATCH, plan.config.train.hang_seconds
     return Watchdog(folder, plan.topology, seconds, on_hang, life=plan.life.name).start()
+
+
+def checkpoint_bytes(model: Any) -> int:
+    """Of a checkpoint of this model, before ZeRO shards it: fp32 masters, and two moments of what is trained."""
+    return sum(4 * parameter.numel() * (3 if parameter.requires_grad else 1) for parameter in model.parameters())
 
 
 def count(model: Any) -> int:

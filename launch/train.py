@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from sft_dist.topology import Life, Topology
 if TYPE_CHECKING:
     import numpy as np
 
-    from sft_dist.checkpoint import TrainState
+    from sft_dist.state import TrainState
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,11 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resume = Resume(options.fresh, options.from_step, options.reset_data, options.skip_rows, tuple(options.allow))
         return run_plan(Plan.of(config, topology, life, resume), stop)
     except SftDistError as error:
-        if topology.local_rank == 0:  # one line a machine: what is wrong may be wrong on that one only
-            print(f"sft-dist: {error}", file=sys.stderr, flush=True)
-        if topology.is_main and config is not None:
-            Verdict(life.name, error.verdict, -1, str(error), error.exit_code).write(Path(config.run_dir) / "verdicts")
+        _tell(error, topology, Path(config.run_dir) / "verdicts" if config is not None else None, life)
         return error.exit_code
+
+
+def _tell(error: SftDistError, topology: Topology, verdicts: Path | None, life: Life) -> None:
+    """Say what is wrong once a machine, and leave one verdict: mostly all ranks find it, but one may be alone with it."""
+    if not topology.is_main and verdicts is not None:
+        time.sleep(1.0)  # the main rank's word, if it found the same
+    has_verdict = verdicts is not None and Verdict.read(verdicts, life.name) is not None
+    if topology.local_rank == 0 or (verdicts is not None and not has_verdict):
+        print(f"sft-dist: {error}", file=sys.stderr, flush=True)
+    if verdicts is not None and not has_verdict:
+        Verdict(life.name, error.verdict, -1, str(error), error.exit_code).write(verdicts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +212,7 @@ def _saved_identity(folder: Path) -> dict[str, Any]:
 def run_plan(plan: Plan, stop: StopRequest) -> int:
     """Build the parts of a run and train."""
     from launch import parts
+    from sft_dist.preflight import rehearse, require_room
     from sft_dist.trainer import train
 
     held = lock(plan.run_dir) if plan.topology.is_main else None
@@ -211,6 +221,8 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     checkpoints = parts.checkpoints(plan, identity)
     if not plan.resume.is_fresh:
         checkpoints.check()
+    size = parts.checkpoint_bytes(model)
+    room = require_room(checkpoints.folder, checkpoints.retention, size)
 
     comms, device = parts.comms(plan)
     checkpoints.join(comms)
@@ -231,6 +243,12 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
         f"{plan.describe()}\nmodel: {parts.count(model):,} parameters; packed documents kept apart (logits move {moved:.0e})"
     )
     say(resumed_from)
+    speed = rehearse(checkpoints, engine.fragments)
+    say(
+        f"a checkpoint: {size / 1e6:,.1f} MB, {size / speed:,.2f} s at the {speed / 1e9:.2f} GB/s of {checkpoints.folder}"
+    )
+    if room:
+        say(room)
 
     watching = parts.watchdog(plan, state)
     try:

@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,82 +23,12 @@ from sft_dist.errors import CheckpointError
 from sft_dist.files import BLOCK_BYTES, digest_of, make_folder, publish, set_aside, sync, write_blocks
 from sft_dist.identity import require_same
 from sft_dist.layout import Fragment
-from sft_dist.ledger import Ledger
+from sft_dist.retention import Retention, list_folders, loss_at, step_of
+from sft_dist.state import TrainState
 from sft_dist.store import Reader, Snapshot, check_index, index, opened, read_block, read_whole
 
 FORMAT_VERSION = 2
 _log = logging.getLogger("sft_dist")
-
-
-@dataclass(frozen=True, slots=True)
-class Past:
-    """A stretch of a stream of rows that the run has left on purpose: its data, seed and order, its ordinals, its ledger."""
-
-    identity: dict[str, Any]
-    begin: int
-    end: int
-    skipped: tuple[tuple[int, int], ...]
-    ledger: Ledger
-
-
-@dataclass(frozen=True, slots=True)
-class TrainState:
-    """All that a run has to know about its past besides weights and moments; kept in `state.json`.
-
-    `rows_consumed` is the whole state of the data: the stream of rows is a pure function of the seed. `evaluated` is the
-    last (step, validation loss). The ordinals fed are [begin, rows_consumed) without those `skipped` on purpose, and
-    `ledger` is the proof; streams that were left before are `past`. `notes` tell what was allowed against the rules.
-    """
-
-    step: int = 0
-    rows_consumed: int = 0
-    tokens: int = 0
-    target_tokens: int = 0
-    adam_step: int = 0
-    gpu_seconds: float = 0.0
-    evaluated: tuple[int, float] | None = None
-    begin: int = 0
-    skipped: tuple[tuple[int, int], ...] = ()
-    ledger: Ledger = field(default_factory=Ledger)
-    past: tuple[Past, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def after(
-        self, *, rows: int, tokens: int, target_tokens: int, fed: Ledger, adam_step: int, gpu_seconds: float
-    ) -> TrainState:
-        """The state one step later.
-
-        >>> TrainState(step=4, rows_consumed=32).after(
-        ...     rows=8, tokens=4096, target_tokens=80, fed=Ledger(8, 1, 2), adam_step=5, gpu_seconds=1.5).rows_consumed
-        40
-        """
-        return replace(
-            self,
-            step=self.step + 1,
-            rows_consumed=self.rows_consumed + rows,
-            tokens=self.tokens + tokens,
-            target_tokens=self.target_tokens + target_tokens,
-            ledger=self.ledger + fed,
-            adam_step=adam_step,
-            gpu_seconds=self.gpu_seconds + gpu_seconds,
-        )
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> TrainState:
-        """Read what `asdict` and JSON made of one; unknown keys are an error. Raises ValueError or TypeError."""
-        values = json.loads(text)
-        if values.get("evaluated") is not None:
-            values["evaluated"] = tuple(values["evaluated"])
-        past = tuple(Past(**_tupled(left)) for left in values.pop("past", ()))
-        return cls(**_tupled(values), past=past)
-
-
-def _tupled(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows neither tuples nor ledgers."""
-    made = {**values, "skipped": tuple((begin, end) for begin, end in values.get("skipped", ()))}
-    if "ledger" in values:
-        made["ledger"] = Ledger(**values["ledger"])
-    return made | ({"notes": tuple(values["notes"])} if "notes" in values else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,26 +52,6 @@ class Saved:
             "checkpoint_bytes": self.num_bytes,
             "checkpoint_gb_per_second": speed,
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Retention:
-    """Which complete checkpoints stay: the last ones, those of the lowest validation loss, every n-th for good."""
-
-    keep_last: int = 2
-    keep_best: int = 0
-    keep_every_steps: int | None = None
-
-    def kept(self, losses: Mapping[int, float | None]) -> set[int]:
-        """The steps that stay, of all that there are, each with the validation loss measured at it, if any was.
-
-        >>> sorted(Retention(keep_last=1, keep_best=1, keep_every_steps=100).kept({100: 3.0, 150: 2.0, 180: 2.5, 220: None}))
-        [100, 150, 220]
-        """
-        steps = sorted(losses)
-        best = sorted((loss, -step) for step, loss in losses.items() if loss is not None)[: self.keep_best]
-        every = {step for step in steps if self.keep_every_steps and step % self.keep_every_steps == 0}
-        return set(steps[-self.keep_last :]) | {-step for _, step in best} | every
 
 
 class Checkpoints:
@@ -175,7 +85,7 @@ class Checkpoints:
     def join(self, comms: Comms) -> None:
         """Meet the other ranks; the writers get a group of their own, since they talk while the steps do."""
         self.comms, self._aside = comms, comms.aside()
-        self._snapshot = Snapshot(comms.topology.rank, comms.topology.world_size)
+        self.snapshot = Snapshot(comms.topology.rank, comms.topology.world_size)
 
     def begin(
         self, fragments: Iterable[Fragment], state: TrainState, waiting: Callable[[], None] = lambda: None
@@ -187,7 +97,7 @@ class Checkpoints:
         """
         started = time.perf_counter()
         before = self.finish(waiting)
-        self._snapshot.take(fragments)
+        self.snapshot.take(fragments)
         self.begun_step = state.step
         stall = time.perf_counter() - started
         self._writer = threading.Thread(target=self._behind, args=(state, stall), name="checkpoint", daemon=True)
@@ -215,15 +125,9 @@ class Checkpoints:
             self.saved_step, self._failures = saved.step, 0
         else:
             self._failures += 1
-            again = (
-                "is tried again after the next step"
-                if self._failures == 1
-                else "is tried again when the next one is due"
-            )
-            _log.error(
-                "step %d could NOT be saved: %s. The run goes on, the checkpoints before are untouched, saving %s: make room",
-                saved.step, saved.failure, again,
-            )  # fmt: skip
+            when = "after the next step" if self._failures == 1 else "when the next save is due"
+            told = "step %d could NOT be saved: %s. The run goes on, and tries again %s; the ones before are untouched"
+            _log.error(told, saved.step, saved.failure, when)
         return saved
 
     @property
@@ -245,9 +149,7 @@ class Checkpoints:
             if saved.failure is None:
                 break
         else:
-            raise CheckpointError(
-                f"{saved.failure}: the checkpoint cannot be written. Make room or mend the path; the ones before are untouched"
-            )
+            raise cannot_be_written(saved.failure)
         return saved
 
     def _behind(self, state: TrainState, stall: float) -> None:
@@ -263,26 +165,24 @@ class Checkpoints:
         final = self.folder / f"step-{state.step:08d}"
         partial = self.folder / f".{final.name}.partial"
         shard = partial / f"shard-{self.comms.topology.rank + 1:05d}.safetensors"
-        failure = self._attempt(self._make, partial)[1] if self._is_main else None
+        failure = self.attempt(self._make, partial)[1] if self._is_main else None
         failure = self._aside.broadcast(failure)
         if failure is None:
-            told = self._aside.gather_to_main(self._attempt(self._snapshot.write, shard))
+            told = self._aside.gather_to_main(self.attempt(self.snapshot.write, shard))
             if self._is_main:
                 failure = next((why for _, why in told if why), None)
-                failure = (
-                    failure or self._attempt(self._publish, partial, final, [piece for piece, _ in told], state)[1]
-                )
+                failure = failure or self.attempt(self._publish, partial, final, [piece for piece, _ in told], state)[1]
                 if failure:
                     shutil.rmtree(partial, ignore_errors=True)
             failure = self._aside.broadcast(failure)
-        num_bytes = self._aside.sum([self._snapshot.num_bytes])[0]
+        num_bytes = self._aside.sum([self.snapshot.num_bytes])[0]
         return Saved(state.step, final, num_bytes, stall, time.perf_counter() - started, failure)
 
     @property
     def _is_main(self) -> bool:
         return self.comms.topology.is_main
 
-    def _attempt(self, act: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
+    def attempt(self, act: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
         """(what it returned, None) or (None, what went wrong in one line)."""
         try:
             return act(*arguments), None
@@ -319,18 +219,19 @@ class Checkpoints:
         write_blocks(partial / "manifest.json", _dump({**manifest, "digest": digest_of(manifest)}))
         publish(partial, final)  # a folder of that name is the same step, saved by an earlier life and damaged since
         _point(self.folder / "latest", final.name)
-        self._prune(final)
+        if failure := self.attempt(self._prune, final)[1]:
+            _log.warning("%s: an old checkpoint could not be removed; the new one is whole", failure)
 
     def _prune(self, newest: Path) -> None:
         """Remove what the retention does not keep; what has a higher step is damaged, or resume had used it."""
-        there = {_step_of(path): path for path in list_folders(self.folder) if path.name <= newest.name}
-        kept = self.retention.kept({step: _loss_at(path, step) for step, path in there.items()})
+        there = {step_of(path): path for path in list_folders(self.folder) if step_of(path) <= step_of(newest)}
+        kept = self.retention.kept({step: loss_at(path, step) for step, path in there.items()})
         for step in sorted(there.keys() - kept):
             _remove(there[step])
 
     def sweep(self) -> None:
         """Remove what a life that was killed left half written or half removed."""
-        for pattern in (".step-*.partial", ".step-*.removed", ".latest.partial"):
+        for pattern in (".step-*.partial", ".step-*.removed", ".latest.partial", ".sample-*.partial"):
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
@@ -351,14 +252,14 @@ class Checkpoints:
     ) -> tuple[Path, TrainState] | None:
         """Fill the live masters and moments from the newest whole checkpoint, whatever layout wrote it; None: there is none.
 
-        `step` asks for that one alone: newer ones are then set aside, and damage is an error. A damaged one is named in a warning and passed over; once an older one has been used it is set aside. Raises
-        CheckpointError, on every rank, when all are damaged (falling past the last is never a fresh start), or when the
-        checkpoint belongs to another model, data set, tokenizer or batch.
+        `step` asks for that one alone: newer ones are then set aside, and damage is an error. A damaged one is named in a
+        warning and passed over; once an older one has been used it is set aside. Raises CheckpointError, on every rank, when
+        all are damaged (falling past the last is never a fresh start), or when the checkpoint belongs to another run.
         """
         paths = self.comms.broadcast(list(reversed(list_folders(self.folder))) if self._is_main else None)
         newer: list[Path] = []
         if step is not None:
-            newer, paths = [p for p in paths if _step_of(p) > step], [p for p in paths if _step_of(p) == step]
+            newer, paths = [p for p in paths if step_of(p) > step], [p for p in paths if step_of(p) == step]
         damage: list[tuple[Path, str]] = []
         for path in paths:
             state, reason = self._fill(path, fragments)
@@ -368,6 +269,8 @@ class Checkpoints:
                         set_aside(other, "damaged")
                     for other in newer:
                         set_aside(other)
+                    if damage or newer:
+                        _point(self.folder / "latest", path.name)
                 self.begun_step = self.saved_step = state.step
                 return path, state
             _log.warning("checkpoint passed over: %s", reason)
@@ -396,20 +299,18 @@ class Checkpoints:
         return (state, None) if reason is None else (None, reason)
 
 
+def cannot_be_written(failure: str) -> CheckpointError:
+    """The error of a save that must succeed and does not."""
+    return CheckpointError(
+        f"{failure}: the checkpoint cannot be written. Make room or mend the path; the ones before are untouched"
+    )
+
+
 def _remove(path: Path) -> None:
     """Gone in one rename, so that a crash on the way leaves nothing that looks like a checkpoint."""
     gone = path.with_name(f".{path.name}.removed")
     path.rename(gone)
     shutil.rmtree(gone)
-
-
-def _loss_at(path: Path, step: int) -> float | None:
-    """The validation loss measured at that very step; a state that cannot be read has none."""
-    try:
-        evaluated = TrainState.from_json((path / "state.json").read_bytes()).evaluated
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
-    return evaluated[1] if evaluated is not None and evaluated[0] == step else None
 
 
 def _none_is_whole(folder: Path, damage: list[tuple[Path, str]]) -> CheckpointError:
@@ -509,15 +410,6 @@ def newest_masters(folder: Path, fragments_of: Callable[[Path], Iterable[Fragmen
     if damage:
         raise _none_is_whole(folder, damage)
     return None
-
-
-def list_folders(folder: Path) -> list[Path]:
-    """The published checkpoints, oldest first; whole, or damaged since."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit())
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name[5:])
 
 
 def _point(link: Path, target: str) -> None:

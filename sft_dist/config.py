@@ -229,8 +229,8 @@ class TrainConfig(Section):
     epsilon: Float = Field(default=1e-8, gt=0)
     max_grad_norm: Float | None = Field(default=1.0, gt=0)
     """Clip the global gradient norm to this; null: no clipping."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Compute precision; masters, accumulation and reduction are fp32 always."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Compute precision; masters, accumulation and reduction are fp32 always. fp16 (GPU only) scales the loss by itself."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     seed: int = Field(default=0, ge=0)
@@ -335,9 +335,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError with one line a mistake: file, key, value, rule and remedy.
     """
     config = read(path, overrides)
-    if zero_stage(zero_config(config.zero)) == 0 and config.train.precision == "bf16":
+    if zero_stage(zero_config(config.zero)) == 0 and config.train.precision != "fp32":
         raise ConfigError(
-            f"{path}: train.precision: 'bf16' is not allowed at ZeRO stage 0 ({config.zero}): DeepSpeed's optimizer takes a "
+            f"{path}: train.precision: {config.train.precision!r} is not allowed at ZeRO stage 0 ({config.zero}): DeepSpeed's optimizer takes a "
             "wrong first step there. Use ds_configs/zero1.json, or train.precision=fp32"
         )
     return config

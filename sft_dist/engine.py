@@ -7,7 +7,8 @@ and are injected here, once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +26,24 @@ from sft_dist.topology import Topology
 class Applied:
     """What one optimizer step did: this rank's summed loss, and the global gradient norm before clipping.
 
+    `is_applied`: False where fp16's loss scaler found an overflow and left the weights alone (the norm is then infinite).
+
     `fed`: int64 [3] on the device, this rank's part of the ledger: its rows, and the two sums of their hashes. `set_sums`: fp64 [2, sets] on the device, this rank's summed loss and number of targets of each set of a mixture.
     """
 
     loss_sum: torch.Tensor
     grad_norm: float
     fed: torch.Tensor
+    is_applied: bool = True
     set_sums: torch.Tensor | None = None
+
+
+_SCALER = (
+    "cur_scale",
+    "cur_iter",
+    "last_overflow_iter",
+    "cur_hysteresis",
+)  # what DeepSpeed's DynamicLossScaler remembers
 
 
 def deepspeed_config(zero: dict[str, Any], config: TrainConfig, batch: Batch) -> dict[str, Any]:
@@ -45,6 +57,7 @@ def deepspeed_config(zero: dict[str, Any], config: TrainConfig, batch: Batch) ->
         "train_micro_batch_size_per_gpu": config.micro_batch_rows,
         "gradient_accumulation_steps": batch.accumulation_steps,
         "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         # DeepSpeed reports no gradient norm at stage 0, so the engine measures and clips there itself.
@@ -119,9 +132,10 @@ class Engine:
             group["lr"] = learning_rate
         grad_norm = self._clip_unwrapped() if self.stage == 0 else None
         self.deepspeed.step()
+        is_applied = self.config.precision != "fp16" or self.deepspeed.was_step_applied()
         if grad_norm is None:
-            grad_norm = float(self.deepspeed.get_global_grad_norm())
-        return Applied(loss_sum, grad_norm, fed, set_sums)
+            grad_norm = float(self.deepspeed.get_global_grad_norm()) if is_applied else math.inf
+        return Applied(loss_sum, grad_norm, fed, is_applied, set_sums)
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -143,8 +157,17 @@ class Engine:
         """Peak memory allocated on this rank's GPU, None on a CPU."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
-    def restored(self, adam_step: int) -> None:
-        """To be called after the fragments were filled from a checkpoint."""
+    @property
+    def loss_scale(self) -> dict[str, float] | None:
+        """The state of fp16's loss scaler, None for the other precisions."""
+        if self.config.precision != "fp16":
+            return None
+        return {name: getattr(self.deepspeed.optimizer.loss_scaler, name) for name in _SCALER}
+
+    def restored(self, adam_step: int, loss_scale: Mapping[str, float] | None = None) -> None:
+        """To be called after the fragments were filled from a checkpoint, with its counts; fp16 scales anew without them."""
+        for name, value in (loss_scale or {}).items() if self.config.precision == "fp16" else ():
+            setattr(self.deepspeed.optimizer.loss_scaler, name, value)
         layout.set_adam_step(self.adam, adam_step)
         layout.refresh_weights(self.deepspeed.optimizer, self.adam)
 

@@ -22,7 +22,7 @@ from sft_dist.files import publish
 from sft_dist.layout import Fragment, whole
 
 ABOUT = "sft_dist.json"  # in an export: which run, step and shards it is from
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def read_run(run_dir: Path, dtype: torch.dtype | None = None) -> Trained:
     built: list[PreTrainedModel] = []
 
     def plain(path: Path) -> Iterable[Fragment]:
-        made = AutoConfig.from_pretrained(path / "model")
+        made = AutoConfig.from_pretrained(path / "model", trust_remote_code=False)
         built[:] = [AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation="sdpa")]
         return whole(built[0])
 
@@ -70,7 +70,7 @@ def export(run_dir: Path, out: Path, dtype: torch.dtype | None = None) -> int:
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     shutil.copytree(trained.tokenizer, staged, dirs_exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(staged)
+    tokenizer = AutoTokenizer.from_pretrained(staged, trust_remote_code=False)
     trained.model.config.use_cache = True
     trained.model.config.pad_token_id = tokenizer.pad_token_id
     trained.model.generation_config = GenerationConfig(
@@ -89,7 +89,13 @@ def export(run_dir: Path, out: Path, dtype: torch.dtype | None = None) -> int:
 
 def _compare(folder: Path, trained: Trained, tokenizer: Any) -> None:
     """Load `folder` as any other tool would, and refuse it unless it equals what was trained."""
-    again = AutoModelForCausalLM.from_pretrained(folder, dtype=trained.model.dtype, attn_implementation="sdpa").eval()
+    again = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=trained.model.dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        attn_implementation="sdpa",
+    ).eval()
     mine, theirs = dict(trained.model.named_parameters()), dict(again.named_parameters())
     different = [name for name in mine if name not in theirs or not torch.equal(mine[name], theirs[name])]
     if different or mine.keys() != theirs.keys():

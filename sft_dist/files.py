@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import socket
@@ -187,11 +188,13 @@ def _flush(path: Path) -> None:
 
 def set_aside(path: Path, why: str = "old") -> Path:
     """Move to `NAME.old-1`, or the first free number; returns the new place."""
-    number = 1
-    while (aside := path.with_name(f"{path.name}.{why}-{number}")).exists():
-        number += 1
-    path.rename(aside)
-    return aside
+    return path.rename(first_free(path, why))
+
+
+def first_free(path: Path, why: str = "old") -> Path:
+    """`NAME.old-1`, or the first number that is not taken."""
+    names = (path.with_name(f"{path.name}.{why}-{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def digest_of(values: Mapping[str, Any]) -> str:

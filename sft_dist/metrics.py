@@ -20,6 +20,7 @@ TAGS = {
     "loss": "train/loss",
     "learning_rate": "train/learning_rate",
     "grad_norm": "train/grad_norm",
+    "loss_scale": "train/loss_scale",
     "target_tokens_per_second": "speed/target_tokens_per_second",
     "tokens_per_second": "speed/tokens_per_second",
     "step_seconds": "speed/step_seconds",

@@ -23,7 +23,9 @@ def model_config(config: ModelConfig, *, vocab_size: int, seq_len: int, eos_id: 
     Raises ModelError when the model's vocabulary or context is too small for the shards, or nothing loads.
     """
     if config.config is None:
-        made = _load(lambda: AutoConfig.from_pretrained(config.name_or_path), str(config.name_or_path))
+        made = _load(
+            lambda: AutoConfig.from_pretrained(config.name_or_path, trust_remote_code=False), str(config.name_or_path)
+        )
     else:
         values = {"vocab_size": vocab_size, "bos_token_id": eos_id, "eos_token_id": eos_id}
         contexts = {"gpt2": "n_positions"}
@@ -65,7 +67,12 @@ def build(config: ModelConfig, made: PretrainedConfig, *, seed: int, gradient_ch
     else:
         model = _load(
             lambda: AutoModelForCausalLM.from_pretrained(
-                config.name_or_path, config=made, dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa"
+                config.name_or_path,
+                config=made,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                attn_implementation="sdpa",
             ),
             str(config.name_or_path),
         )

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from sft_dist.errors import CheckpointError
-from sft_dist.files import BLOCK_BYTES, digest_of_block, write_blocks
+from sft_dist.files import BLOCK_BYTES, digest_of_block, make_folder, write_blocks
 from sft_dist.layout import Fragment
 
 _ALIGN = 4096  # where the values begin: a page, for who maps the file
 _WIDTH = 4  # bytes of an fp32 value
+_SAMPLE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,12 @@ class Snapshot:
                 begin, on_gpu = end, on_gpu or values.is_cuda
         if on_gpu:
             torch.cuda.synchronize()
+
+    def write_sample(self, path: Path) -> int:
+        """Write the first part of the buffer, to learn how fast that is; returns its bytes."""
+        make_folder(path.parent)
+        path.unlink(missing_ok=True)
+        return write_blocks(path, memoryview(self.buffer.numpy()).cast("B")[:_SAMPLE_BYTES] or b"\0")["bytes"]
 
     def _lay_out(self, mine: list[Fragment]) -> None:
         self.runs = [Run(f.name, f.length, tuple(f.values), f.offset, f.numel) for f in mine]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sft_dist.checkpoint import Checkpoints, Saved, TrainState
+from sft_dist.checkpoint import Checkpoints, Saved
 from sft_dist.comms import Comms
 from sft_dist.engine import Applied, Engine
 from sft_dist.errors import SftDistError
@@ -19,6 +19,7 @@ from sft_dist.evaluate import Evaluator, Forward
 from sft_dist.ledger import Ledger
 from sft_dist.limits import Reason, StopRequest
 from sft_dist.metrics import Metrics, peak_memory_bytes
+from sft_dist.state import TrainState
 from sft_dist.watchdog import Watchdog
 
 
@@ -116,7 +117,8 @@ def train(
             reason = "stopped"
             break
         loss = comms.sum_tensor(applied.loss_sum.cpu()).item() / max(1, targets)
-        if not (math.isfinite(loss) and math.isfinite(applied.grad_norm)):
+        is_number = math.isfinite(loss) and (math.isfinite(applied.grad_norm) or not applied.is_applied)
+        if not is_number:
             checkpoints.finish(waiting)
             raise DivergedError(
                 f"step {state.step + 1}: loss {loss}, gradient norm {applied.grad_norm} (rows "
@@ -134,10 +136,13 @@ def train(
             target_tokens=targets,
             fed=fed,
             adam_step=engine.adam_step,
+            loss_scale=engine.loss_scale,
             gpu_seconds=seconds * comms.topology.world_size,
         )
         if _is_due(state.step, cadence.log_steps):
-            values = {"loss": loss, "learning_rate": rate, "grad_norm": applied.grad_norm}
+            values = {"loss": loss, "learning_rate": rate}
+            values |= {"grad_norm": applied.grad_norm} if applied.is_applied else {}
+            values |= {"loss_scale": engine.loss_scale["cur_scale"]} if engine.loss_scale else {}
             speed = {"target_tokens_per_second": targets / seconds, "tokens_per_second": tokens / seconds}
             memory = {"memory_bytes": peak_memory_bytes(engine.peak_device_bytes)}
             of_sets = _by_set(applied, comms, epochs_of_sets(state.rows_consumed)) if epochs_of_sets is not None else {}

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from sft_dist.checkpoint import TrainState, list_folders, read_manifest, verify
+from sft_dist.checkpoint import read_manifest, verify
 from sft_dist.data.mixture import Joined
 from sft_dist.data.shards import RowBatch, Shards
 from sft_dist.errors import CheckpointError, DataError
 from sft_dist.layout import Fragment
 from sft_dist.ledger import Ledger, keys, recomputed
+from sft_dist.retention import list_folders
+from sft_dist.state import TrainState
 from sft_dist.store import Reader
 
 Order = Callable[[np.ndarray], np.ndarray]

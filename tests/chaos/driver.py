@@ -31,8 +31,9 @@ from typing import Any
 
 import torch
 
-from sft_dist.checkpoint import list_folders, read_manifest, read_state, verify
+from sft_dist.checkpoint import read_manifest, read_state, verify
 from sft_dist.layout import Fragment
+from sft_dist.retention import list_folders
 from sft_dist.store import Reader
 from tests.e2e.commands import clone, run, start
 from tests.invariants import runs

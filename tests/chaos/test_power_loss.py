@@ -9,10 +9,12 @@ import shutil
 import pytest
 import torch
 
-from sft_dist.checkpoint import Checkpoints, Retention, TrainState, newest_masters, verify
+from sft_dist.checkpoint import Checkpoints, newest_masters, verify
 from sft_dist.comms import Comms
 from sft_dist.errors import CheckpointError
 from sft_dist.layout import MOMENTS, Fragment
+from sft_dist.retention import Retention
+from sft_dist.state import TrainState
 from tests.chaos.disk import Disk, recorded
 from tests.workers import run_workers
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from sft_dist import store
-from sft_dist.checkpoint import Checkpoints, Retention, TrainState, verify
+from sft_dist.checkpoint import Checkpoints, verify
+from sft_dist.retention import Retention
+from sft_dist.state import TrainState
 from sft_dist.trainer import Cadence
 from tests.dist import tiny
 from tests.dist.test_trainer import loop
@@ -48,7 +50,9 @@ def held_back(topology, folder, stage, precision, is_alias=False):
     return was_running, (paths[0] / name).read_bytes() == (paths[1] / name).read_bytes(), verify(paths[1])
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")]
+)
 def test_a_writer_that_is_late_writes_what_a_synchronous_save_does(tmp_path, stage, precision):
     assert run_workers(held_back, 2, tmp_path, stage, precision) == [(True, True, None)] * 2
 
@@ -82,21 +86,29 @@ def test_a_full_disk_is_survived_and_the_save_tried_again(tmp_path):
     once = run_workers(failing, 2, tmp_path / "once", 1, cadence)[0]
     assert once[0] == wanted[0]
     assert once[2][-1] == "step-00000006"
-    assert once[1][0] in (3, 4)  # the step after the one whose save failed, or after that: the failure is found behind the loop
+    assert once[1][0] in (
+        3,
+        4,
+    )  # the step after the one whose save failed, or after that: the failure is found behind the loop
     assert once[3] == []
     twice = run_workers(failing, 2, tmp_path / "twice", 2, cadence)[0]
     assert (twice[0], twice[2][-1], twice[3]) == (wanted[0], "step-00000006", [])
 
 
 def test_a_disk_that_stays_full_ends_the_run_at_its_end_in_one_line(tmp_path):
-    with pytest.raises(RankError, match=r"shard-00002\.safetensors: No space left on device: the checkpoint cannot be written\. Make room"):
+    with pytest.raises(
+        RankError,
+        match=r"shard-00002\.safetensors: No space left on device: the checkpoint cannot be written\. Make room",
+    ):
         run_workers(failing, 2, tmp_path, 99, Cadence(6, checkpoint_steps=2))
     assert list(tmp_path.iterdir()) == []
 
 
 def frozen(topology, folder, stage, world_before):
     """Save with some weights frozen, or read them back into a model whose frozen weights were spoilt."""
-    made, comms = tiny.engine(topology, stage, global_batch_rows=12, frozen=("transformer.h.0.mlp.c_fc.weight", "transformer.ln_f.bias"))
+    made, comms = tiny.engine(
+        topology, stage, global_batch_rows=12, frozen=("transformer.h.0.mlp.c_fc.weight", "transformer.ln_f.bias")
+    )
     checkpoints = checkpoints_in(folder, comms, stage)
     if world_before is None:
         tiny.learn(made, comms, range(2))
@@ -113,7 +125,9 @@ def frozen(topology, folder, stage, world_before):
     return logits.double().sum(dim=(1, 2)).tolist()
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [((0, 2), (3, 3)), ((1, 2), (2, 1)), ((2, 3), (0, 2)), ((3, 2), (1, 4)), ((3, 3), (3, 1))])
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [((0, 2), (3, 3)), ((1, 2), (2, 1)), ((2, 3), (0, 2)), ((3, 2), (1, 4)), ((3, 3), (3, 1))]
+)
 def test_frozen_weights_travel_with_the_others(tmp_path, saved, loaded):
     before = run_workers(frozen, saved[1], tmp_path, saved[0], None)[0]
     after = run_workers(frozen, loaded[1], tmp_path, loaded[0], saved[1])[0]

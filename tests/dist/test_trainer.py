@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from sft_dist.checkpoint import Checkpoints, Retention, TrainState
+from sft_dist.checkpoint import Checkpoints
 from sft_dist.evaluate import Evaluator
 from sft_dist.limits import StopRequest
 from sft_dist.metrics import Metrics
+from sft_dist.retention import Retention
+from sft_dist.state import TrainState
 from sft_dist.trainer import Cadence, train
 from tests.dist import tiny
 from tests.workers import RankError, run_workers
@@ -134,7 +136,9 @@ def test_the_wish_of_one_rank_stops_all_after_a_completed_step(tmp_path, asked_t
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing(tmp_path):
-    with pytest.raises(RankError, match=r"DivergedError: step 1: loss nan, .*rows 0 to 7 of the stream.*lower train\.learning_rate"):
+    with pytest.raises(
+        RankError, match=r"DivergedError: step 1: loss nan, .*rows 0 to 7 of the stream.*lower train\.learning_rate"
+    ):
         run_workers(loop, 2, tmp_path, poison=True)
     assert not list(tmp_path.glob("step-*"))
 

@@ -16,6 +16,7 @@ from sft_dist.model import build, model_config
 ROWS, SEQ_LEN, VOCAB = 8, 16, 64
 MODELS = {
     "mini": {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1},
+    "slim": {"model_type": "gpt2", "n_layer": 1, "n_embd": 2, "n_head": 1},
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2},
     "llama": {
         "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -71,11 +72,17 @@ def model(*, kind: str = "gpt2", dropout: float = 0.0, gradient_checkpointing: b
 
 def train_config(**more) -> TrainConfig:
     """Clipping that bites, decay, a learning rate that moves: whatever could differ between stages does something."""
-    values = {"global_batch_rows": ROWS, "max_steps": 10, "learning_rate": 1e-3, "weight_decay": 0.1, "precision": "fp32"}
+    values = {
+        "global_batch_rows": ROWS,
+        "max_steps": 10,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "precision": "fp32",
+    }
     return TrainConfig(**{**values, **more})
 
 
-def engine(topology, stage: int, **more) -> tuple[Engine, Comms]:
+def engine(topology, stage: int | str, **more) -> tuple[Engine, Comms]:
     """An engine over the tiny model on this rank."""
     torch.set_num_threads(1)
     comms = Comms(topology, torch.device("cpu"))
@@ -83,6 +90,10 @@ def engine(topology, stage: int, **more) -> tuple[Engine, Comms]:
     frozen = more.pop("frozen", ())
     config = train_config(**more)
     zero = zero_config(f"ds_configs/zero{stage}.json")
+    if config.precision == "fp16":  # DeepSpeed has it on GPUs only; the arithmetic is there on a CPU too
+        from deepspeed.accelerator import get_accelerator
+
+        type(get_accelerator()).is_fp16_supported = lambda self: True
     batch = derive_batch(config, topology.world_size, 1.0)
     made = model(**of_model)
     for name, parameter in made.named_parameters():

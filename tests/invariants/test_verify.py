@@ -166,4 +166,6 @@ def test_from_an_older_step_and_with_another_batch(task, tmp_path):
         np.diff([0, 4 * 8, state["rows_consumed"]]).tolist()[1] == 16 * (state["step"] - 4)
         or state["rows_consumed"] % 16
     )
+    kept_lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl.old-1").read_text().splitlines()]
+    assert max(line["step"] for line in kept_lines) == int(there[-1][5:])  # and so are the numbers of its steps
     assert run_workers(certified, 1, tmp_path / "run")[0][0]

@@ -1,17 +1,19 @@
+import errno
 import json
 import logging
 import shutil
-from dataclasses import asdict, replace
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from sft_dist.checkpoint import Checkpoints, Retention, TrainState, newest_masters, read_manifest, read_state, verify
+from sft_dist import checkpoint
+from sft_dist.checkpoint import Checkpoints, newest_masters, read_manifest, read_state, verify
 from sft_dist.errors import CheckpointError
 from sft_dist.files import digest_of, digest_of_block
 from sft_dist.layout import MOMENTS, Fragment, whole
-from sft_dist.ledger import Ledger
+from sft_dist.retention import Retention
+from sft_dist.state import TrainState
 from sft_dist.store import Reader
 
 IDENTITY = {"model": "m1", "data": "d1", "tokenizer": "t1", "global_batch_rows": 8}
@@ -393,6 +395,57 @@ def test_the_same_step_saved_again_sets_the_first_aside(tmp_path, comms):
         assert equal(live, fragments(seed))
 
 
+def test_an_old_one_that_cannot_be_removed_does_not_spoil_the_new_one(tmp_path, comms, monkeypatch, caplog):
+    def stuck(path):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    made = checkpoints(tmp_path, comms, keep_last=1)
+    made.save(lambda: fragments(1), state(1))
+    monkeypatch.setattr(checkpoint, "_remove", stuck)
+    assert made.save(lambda: fragments(2), state(2)).failure is None
+    assert "step-00000001: Device or resource busy: an old checkpoint could not be removed" in caplog.text
+    assert newest(tmp_path) == folder_of(tmp_path, 2)
+
+
+def test_what_ends_the_writer_otherwise_is_raised_where_somebody_hears(tmp_path, comms, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a peer is gone")
+
+    made = checkpoints(tmp_path, comms)
+    monkeypatch.setattr(made, "_publish", broken)
+    made.begin(fragments(1), state(1))
+    with pytest.raises(RuntimeError, match="a peer is gone"):
+        made.finish()
+    assert made.finish() is None
+
+
+def test_going_back_to_a_step_sets_the_newer_ones_aside(run, comms):
+    live = fragments(0)
+    made = checkpoints(run, comms)
+    assert made.restore(lambda: live, step=2) == (folder_of(run, 2), state(2))
+    assert equal(live, fragments(2))
+    assert not folder_of(run, 3).exists()
+    assert verify(run / "checkpoints" / "step-00000003.old-1") is None
+    assert (run / "checkpoints" / "latest").resolve() == folder_of(run, 2)
+    assert made.restore(lambda: live, step=3) is None
+
+
+def test_a_damaged_step_that_is_asked_for_is_an_error(run, comms):
+    damage(run, 2)
+    with pytest.raises(CheckpointError, match=r"none of 1 checkpoints is whole \(.*step-00000002/shard-00001"):
+        checkpoints(run, comms).restore(lambda: fragments(0), step=2)
+    assert folder_of(run, 3).is_dir()
+
+
+def test_what_may_change_on_purpose_is_let_through(run, comms):
+    made = checkpoints(run, comms, data="d2")
+    with pytest.raises(CheckpointError, match="or, if it is meant, say --allow data-change"):
+        made.check()
+    made.allowed = frozenset(["data"])
+    assert made.check() is None
+    assert made.restore(lambda: fragments(0)) == (folder_of(run, 3), state(3))
+
+
 def test_attachments_travel_with_the_checkpoint(run):
     shutil.rmtree(run / "attachments")
     path = folder_of(run, 3)
@@ -434,17 +487,3 @@ def test_a_check_leaves_odd_manifests_to_newest(run, comms, text):
     made.check()
     with pytest.raises(CheckpointError, match="none of 3 checkpoints is whole"):
         made.restore(lambda: fragments(0))
-
-
-def test_a_state_one_step_later_adds_up():
-    start = TrainState()
-    assert start == TrainState(0, 0, 0, 0, 0, 0.0)
-    first = start.after(rows=8, tokens=100, target_tokens=10, fed=Ledger(8, 1, 2), adam_step=1, gpu_seconds=0.5)
-    second = first.after(rows=3, tokens=50, target_tokens=5, fed=Ledger(3, 1, -4), adam_step=1, gpu_seconds=0.25)
-    assert second == TrainState(
-        step=2, rows_consumed=11, tokens=150, target_tokens=15, adam_step=1, gpu_seconds=0.75, ledger=Ledger(11, 2, -2)
-    )
-    assert TrainState.from_json(json.dumps(asdict(second))) == second
-    evaluated = replace(second, evaluated=(2, 1.5))
-    assert TrainState.from_json(json.dumps(asdict(evaluated))) == evaluated
-    assert start == TrainState()

@@ -219,7 +219,7 @@ def test_what_is_no_finite_number_is_refused(tmp_path, key, value):
     [
         ("train__schedule", "cosin", "train.schedule: 'cosin' is not allowed: input should be 'linear', 'cosine' or 'constant'; did you mean cosine?"),
         ("train__schedule", "zzz", "train.schedule: 'zzz' is not allowed: input should be 'linear', 'cosine' or 'constant'; use one of these"),
-        ("train__precision", 16, "train.precision: 16 is not allowed: input should be 'fp32' or 'bf16'; did you mean bf16?"),
+        ("train__precision", 16, "train.precision: 16 is not allowed: input should be 'fp32', 'bf16' or 'fp16'; did you mean fp16?"),
     ],
 )  # fmt: skip
 def test_a_word_that_is_not_on_the_list_gets_the_list(tmp_path, key, value, message):
@@ -227,8 +227,14 @@ def test_a_word_that_is_not_on_the_list_gets_the_list(tmp_path, key, value, mess
     assert refusal(path) == f"{path}: {message}"
 
 
-def test_fp16_gets_a_word_on_the_list(tmp_path):
-    assert "; did you mean bf16?" in refusal(written(tmp_path), "train.precision=fp16")
+def test_another_word_gets_the_nearest_on_the_list(tmp_path):
+    assert "; did you mean bf16?" in refusal(written(tmp_path), "train.precision=bfloat16")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bits_are_refused_at_stage_0(tmp_path, precision):
+    message = f"train.precision: '{precision}' is not allowed at ZeRO stage 0 (ds_configs/zero0.json)"
+    assert message in refusal(written(tmp_path), f"train.precision={precision}", "zero=ds_configs/zero0.json")
 
 
 @pytest.mark.parametrize("key", ["run_dir", "prepare.out", "model", "prepare.sources.0.path"])

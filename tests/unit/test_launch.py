@@ -216,7 +216,7 @@ def plan(run, *overrides, world_size=1, fresh=False):
 
 def test_steps_behind_a_state_are_counted_as_they_were_taken(run):
     """A run whose last step was short and that is extended has one step more than the arithmetic from zero says."""
-    from sft_dist.checkpoint import TrainState
+    from sft_dist.state import TrainState
 
     made = plan(run, "train.global_batch_rows=8", "train.epochs=2")
     assert made.steps() == -(-made.rows // 8)

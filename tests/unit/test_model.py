@@ -211,3 +211,16 @@ def test_what_is_saved_opens_with_plain_transformers(tmp_path):
     saved = folder_of(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).model_type == "gpt2"
     assert equal(saved, AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=True))
+
+
+def test_code_beside_the_weights_is_never_run(tmp_path):
+    """`auto_map` names Python files of a folder; whoever wrote the folder would decide what runs here."""
+    folder_of(tmp_path)
+    ran = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    values = json.loads((tmp_path / "config.json").read_text())
+    names = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
+    (tmp_path / "config.json").write_text(json.dumps({**values, "model_type": "evil", "auto_map": names}))
+    with pytest.raises(ModelError, match="cannot load"):
+        model_config(ModelConfig(name_or_path=str(tmp_path)), **SHARDS)
+    assert not ran.exists()

@@ -7,6 +7,8 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from sft_dist.topology import Topology
 from sft_dist.watchdog import HUNG_EXIT_CODE, Heartbeat, Watchdog, clear, name_culprit
 
