@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
 def _rank(queue: Any, function: Callable[..., Any], topology: Topology, *arguments: Any) -> None:
     os.environ.update(RANK=str(topology.rank), WORLD_SIZE=str(topology.world_size), LOCAL_RANK=str(topology.local_rank))
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed calls what torch renames
     value = function(topology, *arguments)
     if topology.is_main:
         queue.put(value)
@@ -125,7 +127,7 @@ def measure(topology: Topology, stage: int, folder: Path, options: argparse.Name
     out["deepspeed_stall_seconds"] = worst(comms, statistics.median(own))
     if options.train_seconds:
         out |= overhead(comms, engine, folder / "overhead", options)
-    return {**out, **ratios(out), "parameters": sum(f.length for f in {f.name: f for f in fragments}.values())}
+    return {**out, **ratios(out), "parameters": sum(comms.sum([sum(f.numel for f in fragments)]))}
 
 
 def make_engine(topology: Topology, stage: int, options: argparse.Namespace, comms: Comms) -> Engine:
@@ -197,18 +199,23 @@ def dd(comms: Comms, folder: Path, num_bytes: int) -> float:
 def reading(comms: Comms, folder: Path, checkpoints: Checkpoints, engine: Engine, repeats: int) -> dict[str, float]:
     """Restoring beside reading the same bytes, both from the page cache and, where one may empty it, from the disk."""
     path = next(folder.glob("step-*")) / f"shard-{comms.topology.rank + 1:05d}.safetensors"
-    out = {}
+    out, memory = {}, torch.zeros(path.stat().st_size, dtype=torch.uint8)
     for kind in ("cached", "cold"):
-        reads, restores = [], []
+        reads, restores, gathers = [], [], []
         for _ in range(repeats):
             if not forget(comms, kind):
                 break
-            reads.append(timed(lambda: read(path)))
+            reads.append(timed(lambda: read(path, memory)))
             forget(comms, kind)
-            restores.append(timed(lambda: resume(checkpoints, engine)))
+            restores.append(timed(lambda: checkpoints.restore(engine.fragments)))
+            comms.barrier()
+            gathers.append(timed(lambda: engine.restored(1)))
         if reads:
             out[f"read_seconds_{kind}"] = worst(comms, statistics.median(reads))
             out[f"restore_seconds_{kind}"] = worst(comms, statistics.median(restores))
+            out[f"weights_seconds_{kind}"] = worst(
+                comms, statistics.median(gathers)
+            )  # masters to weights, on every rank
     return out
 
 
@@ -226,20 +233,13 @@ def forget(comms: Comms, kind: str) -> bool:
     return done
 
 
-def read(path: Path) -> None:
-    """Every byte, into memory that is as large: what a restore cannot do without."""
-    values = torch.empty(path.stat().st_size, dtype=torch.uint8)
-    raw = memoryview(values.numpy())
+def read(path: Path, memory: torch.Tensor) -> None:
+    """Every byte, into warm memory that is as large: what a restore cannot do without."""
+    raw = memoryview(memory.numpy())
     with path.open("rb", buffering=0) as file:
         at = 0
         while count := file.readinto(raw[at : at + BLOCK_BYTES]):
             at += count
-
-
-def resume(checkpoints: Checkpoints, engine: Engine) -> None:
-    """From the folder to weights that a step can use."""
-    _, state = checkpoints.restore(engine.fragments)
-    engine.restored(max(1, state.adam_step))
 
 
 def overhead(comms: Comms, engine: Engine, folder: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -272,7 +272,9 @@ def ratios(out: dict[str, float]) -> dict[str, float]:
     }
     for kind in ("cached", "cold"):
         if f"read_seconds_{kind}" in out:
+            whole = out[f"restore_seconds_{kind}"] + out[f"weights_seconds_{kind}"]
             made[f"restore_of_read_{kind}"] = out[f"restore_seconds_{kind}"] / out[f"read_seconds_{kind}"]
+            made[f"restore_with_weights_of_read_{kind}"] = whole / out[f"read_seconds_{kind}"]
     return made
 
 

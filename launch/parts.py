@@ -269,10 +269,12 @@ def watchdog(plan: Plan, state: TrainState) -> Watchdog | None:
         return None
 
     def on_hang(account: str) -> None:
-        Verdict(plan.life.name, "hung", state.step, account, HUNG_EXIT_CODE).write(plan.run_dir / "verdicts")
+        Verdict(plan.life.name, "hung", made.step, account, HUNG_EXIT_CODE).write(plan.run_dir / "verdicts")
 
     folder, seconds = plan.run_dir / WATCH, plan.config.train.hang_seconds
-    return Watchdog(folder, plan.topology, seconds, on_hang, life=plan.life.name).start()
+    made = Watchdog(folder, plan.topology, seconds, on_hang, life=plan.life.name).start()
+    made.beat(state.step, "start-up")
+    return made
 
 
 def checkpoint_bytes(model: Any) -> int:

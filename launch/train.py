@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -226,6 +226,7 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
 
     comms, device = parts.comms(plan)
     checkpoints.join(comms)
+    plan = replace(plan, life=comms.broadcast(plan.life))  # under a plain torchrun each rank made up its own
     if plan.topology.is_main:
         if plan.resume.is_fresh:
             set_aside(plan.run_dir)

@@ -175,8 +175,10 @@ class Checkpoints:
                 if failure:
                     shutil.rmtree(partial, ignore_errors=True)
             failure = self._aside.broadcast(failure)
-        num_bytes = self._aside.sum([self.snapshot.num_bytes])[0]
-        return Saved(state.step, final, num_bytes, stall, time.perf_counter() - started, failure)
+        seconds, num_bytes = time.perf_counter() - started, self._aside.sum([self.snapshot.num_bytes])[0]
+        if self._is_main and failure is None and (stuck := self.attempt(self._prune, final)[1]):
+            _log.warning("%s: an old checkpoint could not be removed; the new one is whole", stuck)
+        return Saved(state.step, final, num_bytes, stall, seconds, failure)
 
     @property
     def _is_main(self) -> bool:
@@ -219,8 +221,6 @@ class Checkpoints:
         write_blocks(partial / "manifest.json", _dump({**manifest, "digest": digest_of(manifest)}))
         publish(partial, final)  # a folder of that name is the same step, saved by an earlier life and damaged since
         _point(self.folder / "latest", final.name)
-        if failure := self.attempt(self._prune, final)[1]:
-            _log.warning("%s: an old checkpoint could not be removed; the new one is whole", failure)
 
     def _prune(self, newest: Path) -> None:
         """Remove what the retention does not keep; what has a higher step is damaged, or resume had used it."""

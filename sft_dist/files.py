@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import socket
 import threading
@@ -130,15 +131,69 @@ def write_blocks(path: Path, *parts: bytes | memoryview) -> dict[str, Any]:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         for block in _blocks(parts):
-            left = memoryview(block)
-            while left:
-                left = left[os.write(descriptor, left) :]
+            _write(descriptor, memoryview(block))
             blocks.append(digest_of_block(block))
             size += len(block)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     return {"bytes": size, "blocks": blocks}
+
+
+def write_large(path: Path, header: bytes, values: memoryview) -> dict[str, Any]:
+    """The same for a small header and values of any size, past the page cache where the file system allows it.
+
+    Then the disk fetches the bytes itself: no processor copies them while the training needs it, and the cache keeps what
+    it held. For that `values` begin at a page of memory and `header` fills whole pages.
+    """
+    held = -(-len(header) // BLOCK_BYTES) * BLOCK_BYTES - len(header)  # values that fill the header's last block
+    staged = mmap.mmap(-1, len(header) + held)  # at a page of memory, as the values are
+    staged.write(header)
+    staged.write(values[:held])
+    first = memoryview(staged)[: len(header) + min(held, len(values))]
+    chunks = [first, *(values[at : at + _CHUNK_BYTES] for at in range(held, len(values), _CHUNK_BYTES))]
+    blocks, descriptor = [], _open_direct(path)
+    try:
+        for chunk in chunks:
+            blocks += [digest_of_block(chunk[at : at + BLOCK_BYTES]) for at in range(0, len(chunk), BLOCK_BYTES)]
+            whole = len(chunk) // mmap.PAGESIZE * mmap.PAGESIZE
+            _write(descriptor, chunk[:whole])
+            if whole < len(chunk):  # the end of the file
+                _through_the_cache(descriptor)
+                _write(descriptor, chunk[whole:])
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return {"bytes": len(header) + len(values), "blocks": blocks}
+
+
+_CHUNK_BYTES = 8 * BLOCK_BYTES
+
+
+def _open_direct(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+        return os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        path.unlink(missing_ok=True)  # some file systems make the file before they refuse the flag
+        return os.open(path, flags, 0o666)
+
+
+def _through_the_cache(descriptor: int) -> None:
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~getattr(os, "O_DIRECT", 0))
+
+
+def _write(descriptor: int, left: memoryview) -> None:
+    while left:
+        try:
+            left = left[os.write(descriptor, left) :]
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            _through_the_cache(descriptor)  # this file system wants another alignment
+            left = left[os.write(descriptor, left) :]
 
 
 def _blocks(parts: tuple[bytes | memoryview, ...]) -> Iterator[bytes | memoryview]:

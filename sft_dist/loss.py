@@ -21,18 +21,6 @@ def target_log_probs(logits: torch.Tensor, tokens: torch.Tensor, targets: torch.
     return -F.cross_entropy(logits[:, :-1][wanted].float(), tokens[:, 1:][wanted], reduction="none")
 
 
-def target_loss_sum(logits: torch.Tensor, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy over the target tokens, fp32 scalar; 0 (with a gradient of zeros) where there are none.
-
-    Shapes as for `target_log_probs`.
-
-    >>> logits = torch.zeros(1, 3, 4)
-    >>> target_loss_sum(logits, torch.tensor([[1, 2, 3]]), torch.tensor([[False, True, True]]))
-    tensor(2.7726)
-    """
-    return -target_log_probs(logits, tokens, targets).sum()
-
-
 def sums_by_set(log_probs: torch.Tensor, targets: torch.Tensor, sets: torch.Tensor, num_sets: int) -> torch.Tensor:
     """(summed loss, number of targets) of each set of a mixture: fp64 [2, num_sets], made without waiting for the device.
 

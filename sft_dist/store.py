@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import mmap
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,12 +20,13 @@ from typing import Any
 import torch
 
 from sft_dist.errors import CheckpointError
-from sft_dist.files import BLOCK_BYTES, digest_of_block, make_folder, write_blocks
+from sft_dist.files import BLOCK_BYTES, digest_of_block, make_folder, write_large
 from sft_dist.layout import Fragment
 
 _ALIGN = 4096  # where the values begin: a page, for who maps the file
 _WIDTH = 4  # bytes of an fp32 value
 _SAMPLE_BYTES = 1 << 26
+_AHEAD_BYTES = 1 << 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +78,15 @@ class Snapshot:
         """Write the first part of the buffer, to learn how fast that is; returns its bytes."""
         make_folder(path.parent)
         path.unlink(missing_ok=True)
-        return write_blocks(path, memoryview(self.buffer.numpy()).cast("B")[:_SAMPLE_BYTES] or b"\0")["bytes"]
+        values = _bytes_of(self.buffer)[:_SAMPLE_BYTES]
+        return write_large(path, b"\0" * _ALIGN, values)["bytes"]
 
     def _lay_out(self, mine: list[Fragment]) -> None:
         self.runs = [Run(f.name, f.length, tuple(f.values), f.offset, f.numel) for f in mine]
         count = sum(run.numel * len(run.kinds) for run in self.runs)
         if self.buffer.numel() != count:
             self.buffer = torch.empty(0)  # the old one goes before the new one comes
-            self.buffer = torch.empty(count, pin_memory=torch.cuda.is_available())
+            self.buffer = _host_memory(count)
 
     def _mine(self, fragment: Fragment) -> Fragment:
         """Of what every rank holds, each writes its part."""
@@ -96,9 +99,19 @@ class Snapshot:
     def write(self, path: Path) -> dict[str, Any]:
         """Write the file and wait until it is on the disk; returns its part of the manifest."""
         header = _header(self.runs)
-        values = memoryview(self.buffer.numpy()).cast("B") if self.buffer.numel() else memoryview(b"")
-        entry = write_blocks(path, header, values)
+        values = _bytes_of(self.buffer) if self.buffer.numel() else memoryview(b"")
+        entry = write_large(path, header, values)
         return {"name": path.name, "entry": entry, "begin": len(header), "runs": self.runs}
+
+
+def _host_memory(count: int) -> torch.Tensor:
+    """fp32 [count] that begins at a page: pinned where there is a GPU, else in huge pages where the kernel has them."""
+    if torch.cuda.is_available() or not count:
+        return torch.empty(count, pin_memory=torch.cuda.is_available())
+    memory = mmap.mmap(-1, count * _WIDTH)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float32)
 
 
 def _header(runs: list[Run]) -> bytes:
@@ -224,21 +237,35 @@ class Reader:
         """Walk the blocks of a file once, in order, and hand out what is wanted of each."""
         path, entry = self.folder / file, self.files[file]
         buffer = torch.empty(BLOCK_BYTES // _WIDTH)  # small and reused: it stays in the processor's cache
-        raw = memoryview(buffer.numpy()).cast("B")
-        held, first = -1, 0
+        held, first, asked = -1, 0, 0
         with opened(path, entry) as descriptor:
             while first < len(parts):
                 byte, values = parts[first]
                 block, inside = divmod(byte, BLOCK_BYTES)
-                if block != held:
-                    read_block(descriptor, path, entry, block, raw)
-                    held = block
+                if byte >= asked:  # the disk reads ahead while blocks are checked
+                    asked = byte + _AHEAD_BYTES
+                    os.posix_fadvise(descriptor, byte, 2 * _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
                 count = min(values.numel(), (BLOCK_BYTES - inside) // _WIDTH)
-                values[:count].copy_(buffer[inside // _WIDTH : inside // _WIDTH + count])
+                if not inside and count * _WIDTH == BLOCK_BYTES and _is_plain(values):  # no copy on the way
+                    read_block(descriptor, path, entry, block, _bytes_of(values[:count]))
+                else:
+                    if block != held:
+                        read_block(descriptor, path, entry, block, _bytes_of(buffer))
+                        held = block
+                    values[:count].copy_(buffer[inside // _WIDTH : inside // _WIDTH + count])
                 if count < values.numel():
                     parts[first] = (byte + count * _WIDTH, values[count:])
                 else:
                     first += 1
+
+
+def _is_plain(values: torch.Tensor) -> bool:
+    """Whether the bytes of a file are the bytes of these values in memory."""
+    return values.device.type == "cpu" and values.dtype == torch.float32 and values.is_contiguous()
+
+
+def _bytes_of(values: torch.Tensor) -> memoryview:
+    return memoryview(values.numpy()).cast("B")
 
 
 class opened:  # noqa: N801 (a context manager, used as a function)

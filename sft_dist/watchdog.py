@@ -34,11 +34,12 @@ class Heartbeat:
     phase: str
     silent_seconds: float
     is_last: bool = False  # its rank has given up too: no later one will come
+    is_in_collective: bool = False  # then it waits for another rank
     age_seconds: float = 0.0
 
 
 def name_culprit(heartbeats: Sequence[Heartbeat | None], *, folder: Path, timeout_seconds: float) -> str:
-    """One line on the rank with the fewest beats: of equals one whose whole process stands still, then the lowest.
+    """One line on the rank with the fewest beats: of equals one whose process stands still, or that is in no collective.
 
     `heartbeats` are in rank order, None for a rank without one. Where no rank is behind, none is named.
 
@@ -48,7 +49,10 @@ def name_culprit(heartbeats: Sequence[Heartbeat | None], *, folder: Path, timeou
     'rank 1 on host node2 hangs: no progress for 61 s in phase forward of step 3 (timeout 60 s)'
     """
     still = [s is None or (not s.is_last and s.age_seconds > timeout_seconds / 2) for s in heartbeats]
-    order = [(s.beats if s else -1, not is_still) for s, is_still in zip(heartbeats, still, strict=True)]
+    order = [
+        (s.beats if s else -1, not is_still, s is not None and s.is_in_collective)
+        for s, is_still in zip(heartbeats, still, strict=True)
+    ]
     rank = order.index(min(order))
     seen, equals = heartbeats[rank], order.count(order[rank]) - 1
     advice = f"stacks of the ranks in {folder}; look at that machine, or raise train.hang_seconds"
@@ -110,6 +114,11 @@ class Watchdog:
         for thread in self._threads:
             thread.start()
         return self
+
+    @property
+    def step(self) -> int:
+        """The step of the last beat."""
+        return self._last_beat[1]
 
     def beat(self, step: int, phase: str) -> None:
         """Say that the main thread moves, at each phase and each micro-batch: neither I/O nor a lock."""
@@ -181,10 +190,22 @@ class Watchdog:
             local.seek(0)
             print(self._now(), local.read(), sep="\n", file=self._stacks_file, flush=True)
 
+    def _is_in_collective(self) -> bool:
+        """Whether a thread stands in one; a save that is written behind the loop has its own."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        for ident, frame in sys._current_frames().items():
+            while frame is not None and names.get(ident) != "checkpoint":
+                if "torch/distributed" in frame.f_code.co_filename:
+                    return True
+                frame = frame.f_back
+        return False
+
     def _now(self) -> Heartbeat:
         beats, step, phase, at = self._last_beat
         who = (self.life, self.topology.rank, socket.gethostname(), os.getpid())
-        return Heartbeat(*who, beats, step, phase, round(time.monotonic() - at, 3), self._has_given_up)
+        is_in_collective = self._has_given_up and self._is_in_collective()
+        silent_seconds = round(time.monotonic() - at, 3)
+        return Heartbeat(*who, beats, step, phase, silent_seconds, self._has_given_up, is_in_collective)
 
     def _show(self) -> None:
         while not self._closing.wait(self.timeout_seconds / 4):

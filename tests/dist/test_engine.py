@@ -8,7 +8,7 @@ import torch
 
 from sft_dist import engine
 from sft_dist.attention import packed_logits
-from sft_dist.loss import target_loss_sum
+from sft_dist.loss import target_log_probs
 from tests.dist import tiny
 from tests.workers import run_workers
 
@@ -63,7 +63,7 @@ def mean_of_means(topology):
     batches = tiny.micro_batches(0, 2)
     for batch in batches:
         logits = packed_logits(plain, batch.tokens, batch.positions)
-        loss = target_loss_sum(logits, batch.tokens, batch.targets) / batch.targets.sum()
+        loss = -target_log_probs(logits, batch.tokens, batch.targets).sum() / batch.targets.sum()
         (loss / len(batches)).backward()
     return torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0).item()
 
@@ -135,7 +135,7 @@ def summed_in_fp32(topology, count):
     total = {name: torch.zeros(p.numel()) for name, p in plain.named_parameters()}
     for row in single_rows(topology, count):
         plain.zero_grad()
-        (target_loss_sum(packed_logits(plain, row.tokens, row.positions), row.tokens, row.targets) / 1000).backward()
+        (-target_log_probs(packed_logits(plain, row.tokens, row.positions), row.tokens, row.targets).sum() / 1000).backward()
         for name, parameter in plain.named_parameters():
             total[name] += parameter.grad.float().flatten()
     return {name: value.numpy() for name, value in total.items()}

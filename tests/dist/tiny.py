@@ -10,7 +10,7 @@ from sft_dist.attention import packed_logits
 from sft_dist.comms import Comms
 from sft_dist.config import ModelConfig, TrainConfig, derive_batch, zero_config
 from sft_dist.engine import Engine, decay_groups
-from sft_dist.loss import target_loss_sum
+from sft_dist.loss import target_log_probs
 from sft_dist.model import build, model_config
 
 ROWS, SEQ_LEN, VOCAB = 8, 16, 64
@@ -122,7 +122,7 @@ def reference(steps: int, *, kind: str = "gpt2") -> list[tuple[float, float]]:
     for step in range(steps):
         batch = rows(step)
         logits = packed_logits(plain, batch.tokens, batch.positions)
-        loss = target_loss_sum(logits, batch.tokens, batch.targets) / batch.targets.sum()
+        loss = -target_log_probs(logits, batch.tokens, batch.targets).sum() / batch.targets.sum()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimizer.step()

@@ -1,5 +1,8 @@
 import errno
+import fcntl
+import mmap
 import os
+import random
 import threading
 
 import pytest
@@ -88,3 +91,65 @@ def test_another_error_of_the_lock_is_not_swallowed(tmp_path, monkeypatch):
     monkeypatch.setattr(files.fcntl, "flock", failing)
     with pytest.raises(OSError, match="broken"):
         hold(tmp_path / "lock")
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 5000, 1 << 20, (1 << 20) - 4096, 9_000_000, 9_437_184])
+@pytest.mark.parametrize("pages", [1, 300])
+@pytest.mark.parametrize("refuses", ["nothing", "open", "write"])
+def test_a_large_file_is_written_past_the_cache_or_through_it(tmp_path, monkeypatch, size, pages, refuses):
+    """On file systems that take O_DIRECT, that refuse it, and that take it but not its alignment."""
+    memory = mmap.mmap(-1, size + 1)
+    memory.write(random.Random(size).randbytes(size))
+    header, values = b"h" * 4096 * pages, memoryview(memory)[:size]
+    open_, write, is_direct = os.open, os.write, []
+
+    def opened(path, flags, *more):
+        if refuses == "open" and flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return open_(path, flags, *more)
+
+    def written(descriptor, data):
+        is_direct.append(bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT))
+        if refuses == "write" and is_direct[-1]:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(descriptor, data[: 1 << 20])  # and a little at a time
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "write", written)
+    entry = files.write_large(tmp_path / "large", header, values)
+    content = header + bytes(values)
+    assert (tmp_path / "large").read_bytes() == content
+    blocks = [files.digest_of_block(content[at : at + (1 << 20)]) for at in range(0, len(content), 1 << 20)]
+    assert entry == {"bytes": len(content), "blocks": blocks}
+    if refuses == "open":
+        assert not any(is_direct)
+
+
+def test_an_error_of_a_large_write_is_not_taken_for_another_alignment(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        files.write_large(tmp_path / "large", b"h" * 4096, memoryview(b""))
+    (tmp_path / "large").unlink()
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        files.write_large(tmp_path / "large", b"h" * 4096, memoryview(b""))
+
+
+@pytest.mark.parametrize("parts", [[], [b""], [b"ab", b"c"], [b"x" * (1 << 20)], [b"x" * 7, b"y" * (3 << 20), b"z"]])
+def test_the_blocks_of_parts_are_those_of_the_whole(tmp_path, parts):
+    entry = files.write_blocks(tmp_path / "file", *parts)
+    content = b"".join(parts)
+    assert (tmp_path / "file").read_bytes() == content
+    blocks = [files.digest_of_block(content[at : at + (1 << 20)]) for at in range(0, len(content), 1 << 20)]
+    assert entry == {"bytes": len(content), "blocks": blocks}
+    with pytest.raises(FileExistsError):
+        files.write_blocks(tmp_path / "file", b"again")
+
+
+def test_folders_are_made_with_those_above(tmp_path):
+    files.make_folder(tmp_path / "a" / "b" / "c")
+    files.make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b" / "c").is_dir()

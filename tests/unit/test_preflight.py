@@ -74,7 +74,7 @@ def test_a_folder_that_cannot_be_written_ends_the_run_before_its_first_step(tmp_
         path.write_bytes(b"begun")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(store, "write_blocks", full)
+    monkeypatch.setattr(store, "write_large", full)
     with pytest.raises(
         CheckpointError, match=r"sample-00000\.partial: No space left on device: the checkpoint cannot be written"
     ):

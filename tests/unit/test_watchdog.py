@@ -177,3 +177,96 @@ def test_what_killed_lives_left_is_cleared_and_the_stacks_of_a_hang_stay(tmp_pat
     clear(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["rank-00001.stacks.txt"]
     clear(tmp_path / "nowhere")
+
+
+def hung(exits, watchdog):
+    """The account of a watchdog whose main thread never beats."""
+    with contextlib.closing(watchdog.start()):
+        assert exits.done.wait(10 * SECONDS)
+    return exits.accounts[0]
+
+
+def stacks_of(folder):
+    end = time.monotonic() + 10 * SECONDS
+    while not (folder / "rank-00000.stacks.txt").stat().st_size:
+        assert time.monotonic() < end
+        time.sleep(SECONDS / 60)
+
+
+def test_a_main_thread_that_moves_again_while_the_others_are_waited_for_goes_on(tmp_path):
+    exits = Exits()
+    with contextlib.closing(watching(tmp_path, exits).start()) as watchdog:
+        stacks_of(tmp_path)
+        beat_for(watchdog, SECONDS)
+    assert exits.codes == []
+
+
+def test_an_orderly_end_while_the_others_are_waited_for_wins(tmp_path):
+    exits = Exits()
+    with contextlib.closing(watching(tmp_path, exits).start()):
+        stacks_of(tmp_path)
+    assert exits.codes == []
+
+
+def test_the_last_word_of_a_rank_is_on_the_disk_and_the_stacks_of_an_earlier_hang_stay(tmp_path):
+    (tmp_path / "rank-00000.stacks.txt").write_text("of an earlier life\n")
+    exits, last = Exits(), []
+    watchdog = watching(tmp_path, exits, on_hang=lambda _: last.append((tmp_path / "rank-00000.json").read_text()))
+    watchdog._threads = watchdog._threads[:1]  # without the one that writes every so often
+    with contextlib.closing(watchdog.start()):
+        assert exits.done.wait(10 * SECONDS)
+    assert '"is_last": true' in last[0]
+    assert (tmp_path / "rank-00000.stacks.txt").read_text().startswith("of an earlier life\n")
+
+
+def test_a_file_system_that_does_not_answer_does_not_keep_the_process(tmp_path):
+    os.mkfifo(tmp_path / "rank-00001.json")  # to open it is to wait for ever
+    exits = Exits()
+    assert f"{tmp_path} does not answer" in hung(exits, watching(tmp_path, exits, world_size=2))
+    assert exits.codes == [HUNG_EXIT_CODE]
+
+
+def test_the_silence_of_a_process_that_was_stopped_is_not_held_against_it(tmp_path):
+    program = PROGRAM[: PROGRAM.index("if sys.argv")] + "sys.stdin.readline()\ndog.close()\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path), str(SECONDS)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1.25 * SECONDS)  # longer than the time-out, shorter than the backstop
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.75 * SECONDS)
+    process.communicate("go on\n", timeout=20)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(("is_last", "named"), [(False, 1), (True, 0)])
+def test_of_equals_the_one_that_stands_still_is_named_unless_it_has_said_its_last_word(is_last, named):
+    old = beats(4, rank=1, age_seconds=31, is_last=is_last)
+    account = name_culprit([beats(4), old, beats(5, rank=2)], folder=Path("w"), timeout_seconds=60)
+    assert account.startswith(f"rank {named} on host node{named} hangs")
+    assert ("stands still" in account) == (not is_last)
+    assert ("(and 1 more, as far behind)" in account) == is_last
+
+
+def test_of_equals_the_one_that_is_in_no_collective_is_named():
+    waits = beats(4, is_last=True, is_in_collective=True)
+    account = name_culprit([waits, beats(4, rank=1, is_last=True), waits], folder=Path("w"), timeout_seconds=60)
+    assert account.startswith("rank 1 on host node1 hangs: no progress for 60 s")
+
+
+def test_a_thread_in_a_collective_is_seen_and_the_writer_of_saves_is_not(tmp_path):
+    code = compile("entered.set()\nover.wait(10)\n", "/site-packages/torch/distributed/collectives.py", "exec")
+    watchdog = watching(tmp_path, Exits())
+    for name, is_seen in (("checkpoint", False), ("main", True)):
+        entered, over = threading.Event(), threading.Event()
+        thread = threading.Thread(target=exec, args=(code, {"entered": entered, "over": over}), name=name)
+        thread.start()
+        entered.wait(10)
+        assert watchdog._is_in_collective() == is_seen
+        over.set()
+        thread.join()
