@@ -109,7 +109,7 @@ def measure(topology: Topology, stage: int, folder: Path, options: argparse.Name
     stalls, writes = [], []
     for number in range(options.repeats):
         comms.barrier()
-        stalls.append(timed(lambda step=number + 1: checkpoints.begin(engine.fragments(), TrainState(step=step))))
+        stalls.append(timed(lambda step=number + 1: checkpoints.begin(engine.fragments, TrainState(step=step))))
         writes.append(checkpoints.finish().write_seconds)
     extra = peak_mib() - before
     out = {
@@ -257,7 +257,7 @@ def overhead(comms: Comms, engine: Engine, folder: Path, options: argparse.Names
             step += 1
             if every is not None and comms.broadcast(time.perf_counter() - saved) >= every:
                 saved = time.perf_counter()
-                checkpoints.begin(engine.fragments(), TrainState(step=step))
+                checkpoints.begin(engine.fragments, TrainState(step=step))
         rates.append(step / (time.perf_counter() - began))
         checkpoints.finish()
     return {"steps_per_second": rates[0], "steps_per_second_saving": rates[1], "overhead": 1 - rates[1] / rates[0]}

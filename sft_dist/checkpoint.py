@@ -25,9 +25,11 @@ from sft_dist.identity import require_same
 from sft_dist.layout import Fragment
 from sft_dist.retention import Retention, list_folders, loss_at, step_of
 from sft_dist.state import TrainState
-from sft_dist.store import Reader, Snapshot, check_index, index, opened, read_block, read_whole
+from sft_dist.store import Reader, Snapshot, blocks_of, check_index, index, read_whole
 
 FORMAT_VERSION = 2
+Fragments = Callable[[], Iterable[Fragment]]  # this rank's live values, as often as they are asked for
+Waiting = Callable[[], None]  # called once a second while a save is waited for
 _log = logging.getLogger("sft_dist")
 
 
@@ -87,17 +89,14 @@ class Checkpoints:
         self.comms, self._aside = comms, comms.aside()
         self.snapshot = Snapshot(comms.topology.rank, comms.topology.world_size)
 
-    def begin(
-        self, fragments: Iterable[Fragment], state: TrainState, waiting: Callable[[], None] = lambda: None
-    ) -> Saved | None:
+    def begin(self, fragments: Fragments, state: TrainState, waiting: Waiting = lambda: None) -> Saved | None:
         """Copy the live values, and leave the rest to a thread. At most one save is in flight: one before is waited for.
 
-        Every rank must call it. `waiting` is called once a second while it waits. Returns what became of the one that was
-        waited for.
+        Every rank must call it. Returns what became of the one that was waited for.
         """
         started = time.perf_counter()
         before = self.finish(waiting)
-        self.snapshot.take(fragments)
+        self.snapshot.take(fragments())
         self.begun_step = state.step
         stall = time.perf_counter() - started
         self._writer = threading.Thread(target=self._behind, args=(state, stall), name="checkpoint", daemon=True)
@@ -108,7 +107,7 @@ class Checkpoints:
         """What became of a save that ended since the last call, without waiting; None when there is none."""
         return self.finish() if self._writer is not None and not self._writer.is_alive() else None
 
-    def finish(self, waiting: Callable[[], None] = lambda: None) -> Saved | None:
+    def finish(self, waiting: Waiting = lambda: None) -> Saved | None:
         """Wait for the save in flight; returns what became of it, None when there was none.
 
         Raises what ended the thread otherwise than by a file that could not be written: a rank that is gone, or a bug.
@@ -135,15 +134,10 @@ class Checkpoints:
         """Whether this rank knows of a save that failed and was not tried again yet; the ranks must agree to do so."""
         return self._failures == 1 and self._writer is None
 
-    def save(
-        self,
-        fragments: Callable[[], Iterable[Fragment]],
-        state: TrainState,
-        waiting: Callable[[], None] = lambda: None,
-    ) -> Saved:
+    def save(self, fragments: Fragments, state: TrainState, waiting: Waiting = lambda: None) -> Saved:
         """Save and wait, as at the end; tried twice. Raises CheckpointError when it cannot be written, on every rank."""
         for _ in range(2):
-            self.begin(fragments(), state)
+            self.begin(fragments, state)
             saved = self.finish(waiting)
             assert saved is not None
             if saved.failure is None:
@@ -247,9 +241,7 @@ class Checkpoints:
                 continue  # damaged: `restore` says so
             return require_same(path, saved, self.identity, self.allowed)
 
-    def restore(
-        self, fragments: Callable[[], Iterable[Fragment]], step: int | None = None
-    ) -> tuple[Path, TrainState] | None:
+    def restore(self, fragments: Fragments, step: int | None = None) -> tuple[Path, TrainState] | None:
         """Fill the live masters and moments from the newest whole checkpoint, whatever layout wrote it; None: there is none.
 
         `step` asks for that one alone: newer ones are then set aside, and damage is an error. A damaged one is named in a
@@ -279,7 +271,7 @@ class Checkpoints:
             raise _none_is_whole(self.folder, damage)
         return None
 
-    def _fill(self, path: Path, fragments: Callable[[], Iterable[Fragment]]) -> tuple[TrainState | None, str | None]:
+    def _fill(self, path: Path, fragments: Fragments) -> tuple[TrainState | None, str | None]:
         """One attempt: the main rank reads the manifest for all, each rank its runs. (state, None) or (None, damage)."""
         manifest, state, reason = None, None, None
         if self._is_main:
@@ -370,12 +362,10 @@ def _check_files(files: Mapping[str, Any], block_bytes: int) -> None:
 
 def verify(path: Path) -> str | None:
     """None when every file is there with its digests, else what is wrong, naming the file."""
-    raw = memoryview(bytearray(BLOCK_BYTES))
     try:
         for name, entry in read_manifest(path)["files"].items():
-            with opened(path / name, entry) as descriptor:
-                for block in range(len(entry["blocks"])):
-                    read_block(descriptor, path / name, entry, block, raw)
+            for _ in blocks_of(path / name, entry):
+                pass
     except CheckpointError as error:
         return str(error)
     return None

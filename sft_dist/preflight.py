@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from sft_dist.checkpoint import Checkpoints, cannot_be_written
+from sft_dist.checkpoint import Checkpoints, Fragments, cannot_be_written
 from sft_dist.errors import CheckpointError
-from sft_dist.layout import Fragment
 from sft_dist.retention import Retention, list_folders
 
 
@@ -34,7 +32,7 @@ def require_room(folder: Path, retention: Retention, num_bytes: int) -> str | No
     return None
 
 
-def rehearse(checkpoints: Checkpoints, fragments: Callable[[], Iterable[Fragment]]) -> float:
+def rehearse(checkpoints: Checkpoints, fragments: Fragments) -> float:
     """Make the buffer that saves reuse, and let every rank write a sample at once; returns bytes a second of them all.
 
     Raises CheckpointError, on every rank, when one cannot write.

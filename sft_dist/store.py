@@ -8,6 +8,7 @@ opens only the files that hold what it wants and checks each block as it is read
 from __future__ import annotations
 
 import bisect
+import contextlib
 import json
 import mmap
 import os
@@ -268,25 +269,19 @@ def _bytes_of(values: torch.Tensor) -> memoryview:
     return memoryview(values.numpy()).cast("B")
 
 
-class opened:  # noqa: N801 (a context manager, used as a function)
-    """A file of a checkpoint, open for reading: a regular one of the manifest's size, or CheckpointError."""
-
-    def __init__(self, path: Path, entry: Mapping[str, Any]) -> None:
-        self.path, self.entry = path, entry
-
-    def __enter__(self) -> int:
-        try:
-            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: {error.strerror}") from None
-        size = os.fstat(self.descriptor).st_size
-        if size != self.entry["bytes"]:
-            os.close(self.descriptor)
-            raise CheckpointError(f"{self.path}: {size} bytes, {self.entry['bytes']} were written")
-        return self.descriptor
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.descriptor)
+@contextlib.contextmanager
+def opened(path: Path, entry: Mapping[str, Any]) -> Iterator[int]:
+    """A descriptor of a checkpoint's file: a regular one of the manifest's size, or CheckpointError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    try:
+        if (size := os.fstat(descriptor).st_size) != entry["bytes"]:
+            raise CheckpointError(f"{path}: {size} bytes, {entry['bytes']} were written")
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def read_block(descriptor: int, path: Path, entry: Mapping[str, Any], block: int, raw: memoryview) -> int:
@@ -304,10 +299,14 @@ def read_block(descriptor: int, path: Path, entry: Mapping[str, Any], block: int
     return size
 
 
-def read_whole(path: Path, entry: Mapping[str, Any]) -> bytes:
-    """A small file of a checkpoint, checked. Raises CheckpointError naming it."""
-    raw, content = memoryview(bytearray(BLOCK_BYTES)), bytearray()
+def blocks_of(path: Path, entry: Mapping[str, Any]) -> Iterator[memoryview]:
+    """Every block of a file, checked, each to be used before the next. Raises CheckpointError naming the file."""
+    raw = memoryview(bytearray(BLOCK_BYTES))
     with opened(path, entry) as descriptor:
         for block in range(len(entry["blocks"])):
-            content += raw[: read_block(descriptor, path, entry, block, raw)]
-    return bytes(content)
+            yield raw[: read_block(descriptor, path, entry, block, raw)]
+
+
+def read_whole(path: Path, entry: Mapping[str, Any]) -> bytes:
+    """A small file of a checkpoint, checked. Raises CheckpointError naming it."""
+    return b"".join(bytes(block) for block in blocks_of(path, entry))

@@ -158,12 +158,12 @@ def train(
         _report(checkpoints.finished(), metrics)
         if _is_due(state.step, cadence.checkpoint_steps) or retries:
             beat("save")
-            _report(checkpoints.begin(engine.fragments(), state, waiting), metrics)
+            _report(checkpoints.begin(engine.fragments, state, waiting), metrics)
 
     # finish: the last step is on its way to the disk while it is measured
     if state.step > checkpoints.begun_step:
         beat("save")
-        _report(checkpoints.begin(engine.fragments(), state, waiting), metrics)
+        _report(checkpoints.begin(engine.fragments, state, waiting), metrics)
     if reason == "completed" and state.step > start_step:
         _measure(state.step, logits, evaluator, metrics)
     beat("save")

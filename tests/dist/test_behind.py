@@ -39,7 +39,7 @@ def held_back(topology, folder, stage, precision, is_alias=False):
         return write(snapshot, path)
 
     store.Snapshot.write = late
-    behind.begin(made.fragments(), state)
+    behind.begin(made.fragments, state)
     tiny.learn(made, comms, range(3, 5))
     was_running = behind.finished() is None
     may_write.set()

@@ -413,7 +413,7 @@ def test_what_ends_the_writer_otherwise_is_raised_where_somebody_hears(tmp_path,
 
     made = checkpoints(tmp_path, comms)
     monkeypatch.setattr(made, "_publish", broken)
-    made.begin(fragments(1), state(1))
+    made.begin(lambda: fragments(1), state(1))
     with pytest.raises(RuntimeError, match="a peer is gone"):
         made.finish()
     assert made.finish() is None
