@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import tempfile
@@ -121,12 +120,10 @@ def measure(topology: Topology, stage: int, folder: Path, options: argparse.Name
         "dd_seconds": worst(comms, statistics.median([dd(comms, folder, num_bytes) for _ in range(options.repeats)])),
     }
     out |= reading(comms, folder / "ours", checkpoints, engine, options.repeats)
-    shutil.rmtree(folder / "ours") if topology.is_main else None
-    comms.barrier()
     own = [timed(lambda: engine.deepspeed.save_checkpoint(str(folder / "deepspeed"))) for _ in range(options.repeats)]
     out["deepspeed_stall_seconds"] = worst(comms, statistics.median(own))
     if options.train_seconds:
-        out |= overhead(comms, engine, folder / "overhead", options)
+        out |= overhead(comms, engine, checkpoints, options)
     return {**out, **ratios(out), "parameters": sum(comms.sum([sum(f.numel for f in fragments)]))}
 
 
@@ -213,9 +210,8 @@ def reading(comms: Comms, folder: Path, checkpoints: Checkpoints, engine: Engine
         if reads:
             out[f"read_seconds_{kind}"] = worst(comms, statistics.median(reads))
             out[f"restore_seconds_{kind}"] = worst(comms, statistics.median(restores))
-            out[f"weights_seconds_{kind}"] = worst(
-                comms, statistics.median(gathers)
-            )  # masters to weights, on every rank
+            # masters to weights, on every rank
+            out[f"weights_seconds_{kind}"] = worst(comms, statistics.median(gathers))
     return out
 
 
@@ -242,23 +238,19 @@ def read(path: Path, memory: torch.Tensor) -> None:
             at += count
 
 
-def overhead(comms: Comms, engine: Engine, folder: Path, options: argparse.Namespace) -> dict[str, float]:
+def overhead(comms: Comms, engine: Engine, checkpoints: Checkpoints, options: argparse.Namespace) -> dict[str, float]:
     """Steps a second without saves and with one every so many seconds."""
-    rates = []
+    rates, step = [], options.repeats
     for every in (None, options.every_seconds):
-        checkpoints = Checkpoints(
-            folder, identity={}, attachments={}, retention=Retention(1), stage=engine.stage, comms=comms
-        )
-        rehearse(checkpoints, engine.fragments)
         began = saved = time.perf_counter()
-        step = 0
+        before = step
         while comms.broadcast(time.perf_counter() - began) < options.train_seconds:
             learn(engine, step)
             step += 1
             if every is not None and comms.broadcast(time.perf_counter() - saved) >= every:
                 saved = time.perf_counter()
                 checkpoints.begin(engine.fragments, TrainState(step=step))
-        rates.append(step / (time.perf_counter() - began))
+        rates.append((step - before) / (time.perf_counter() - began))
         checkpoints.finish()
     return {"steps_per_second": rates[0], "steps_per_second_saving": rates[1], "overhead": 1 - rates[1] / rates[0]}
 
