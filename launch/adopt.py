@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from launch import parts
-from launch.train import Plan
+from launch.train import Plan, lock
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
 from sft_dist.config import RunConfig
@@ -27,6 +27,11 @@ def adopt(config: RunConfig, source: Path) -> str:
     Raises CheckpointError when it is of another model, when its steps exceed the run's, or when the run has checkpoints.
     """
     plan = Plan.of(config, Topology(), Life("import"))
+    with lock(plan.run_dir):
+        return _adopt(plan, source)
+
+
+def _adopt(plan: Plan, source: Path) -> str:
     folder = plan.run_dir / "checkpoints"
     if there := list_folders(folder):
         raise CheckpointError(
@@ -49,13 +54,19 @@ def adopt(config: RunConfig, source: Path) -> str:
         skipped=((0, rows),) if rows else (),
         notes=(note,),
     )
+    of_step, here = foreign.samples / max(1, foreign.step), plan.batch.global_batch_rows
+    differs = (
+        f"\nnote: a step took {of_step:,.0f} rows there and takes {here:,} here"
+        if foreign.samples and of_step != here
+        else ""
+    )
     parts.write_run_files(plan, made)
     checkpoints = parts.checkpoints(plan, parts.identity(plan, made))
     save(checkpoints, foreign, state)
     return (
         f"imported step {foreign.step} of {path} (ZeRO stage {foreign.zero_stage} on {foreign.world_size} ranks, "
         f"{len(foreign.values)} parameters, Adam's step {foreign.adam_step}) into {folder}\n"
-        f"the run goes on at row {rows:,} of its stream: `sft-dist train` with the same run file"
+        f"the run goes on at row {rows:,} of its stream: `sft-dist train` with the same run file{differs}"
     )
 
 

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launch.train import order_of, rows_of
 from sft_dist import evaluate as measure
 from sft_dist import verify as proof
-from sft_dist.checkpoint import newest_masters, read_manifest, read_state, verify
 from sft_dist.config import read
 from sft_dist.data.loader import Loader
-from sft_dist.data.mixture import Joined
+from sft_dist.data.mixture import BLOCK, Joined
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.export import ABOUT, export, read_run
+from sft_dist.manifest import newest_masters, read_manifest, read_state, verify
 from sft_dist.retention import list_folders
 from sft_dist.topology import Topology
 
@@ -109,7 +109,14 @@ def verify_run(run_dir: Path) -> proof.Certificate:
     order = order_of(config, shards, mixture)
     checks = [
         *proof.checkpoints(folder),
-        *proof.fed(state, shards, order, config.train.seed, mixture.names if mixture else ("rows",)),
+        *proof.fed(
+            state,
+            shards,
+            order,
+            config.train.seed,
+            mixture.names if mixture else ("rows",),
+            BLOCK if mixture and len(mixture.names) > 1 else None,
+        ),
     ]
     checks += [
         proof.Check("past", None, f"rows {left.begin:,} to {left.end - 1:,} of another stream: {left.ledger.text}")
@@ -127,8 +134,8 @@ def verify_run(run_dir: Path) -> proof.Certificate:
     return proof.Certificate(f"{run_dir} at step {state.step}", tuple(checks))
 
 
-def list_checkpoints(run_dir: Path, *, is_read: bool) -> str:
-    """A table for a person, oldest first."""
+def list_checkpoints(run_dir: Path, *, is_read: bool) -> tuple[str, bool]:
+    """A table for a person, oldest first; and whether all of them are whole."""
     rows = []
     for path in list_folders(run_dir / "checkpoints"):
         try:
@@ -140,9 +147,7 @@ def list_checkpoints(run_dir: Path, *, is_read: bool) -> str:
             rows.append((path, manifest, state, damage))
     if not rows:
         raise CheckpointError(f"{run_dir}: no checkpoint there; train first, or name another run folder")
-    losses = [
-        state.evaluated[1] for _, _, state, _ in rows if state and state.evaluated and state.evaluated[0] == state.step
-    ]
+    losses = [state.loss_here for _, _, state, _ in rows if state and state.loss_here is not None]
     lines = [f"{'step':>10}{'size':>12}  {'written at':22}{'validation':>11}  {'age':>8}  whole?"]
     for path, manifest, state, damage in rows:
         if manifest is None:
@@ -150,13 +155,14 @@ def list_checkpoints(run_dir: Path, *, is_read: bool) -> str:
             continue
         size = sum(entry["bytes"] for entry in manifest["files"].values())
         layout = f"ZeRO {manifest['zero_stage']} x {manifest['world_size']}"
-        loss = state.evaluated[1] if state.evaluated and state.evaluated[0] == state.step else None
+        loss = state.loss_here
         told = "" if loss is None else f"{loss:.4f}" + "*" * (loss == min(losses))
         whole = f"NO: {damage}" if damage else "yes, every byte read" if is_read else "yes, by its manifest"
         lines.append(
             f"{state.step:>10}{_size(size):>12}  {layout:22}{told:>11}  {_age(manifest['saved_at']):>8}  {whole}"
         )
-    return "\n".join([*lines, "* best validation loss" if losses else ""]).rstrip()
+    is_whole = not any(damage for *_, damage in rows)
+    return "\n".join([*lines, "* best validation loss" if losses else ""]).rstrip(), is_whole
 
 
 def _size(num_bytes: int) -> str:

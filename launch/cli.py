@@ -133,15 +133,13 @@ def train(
     from launch.train import Resume
     from sft_dist.config import load
 
-    if fresh and (from_step is not None or reset_data or skip_rows or allow):
-        raise click.UsageError("--fresh starts over: there is nothing for --from, --reset-data, --skip-rows or --allow")
+    resume = Resume(fresh, from_step, reset_data, skip_rows or 0, allow)
     config = load(run_file, overrides)
     processes = nproc or local.default_processes()
     if print_config:
         click.echo(_as_yaml(config))
-        click.echo(local.describe(config, processes))
+        click.echo(local.describe(config, processes, resume))
         return
-    resume = Resume(fresh, from_step, reset_data, skip_rows or 0, allow)
     sys.exit(local.run(config, run_file, overrides, processes, resume))
 
 
@@ -163,7 +161,9 @@ def checkpoints(run_dir: str, is_read: bool) -> None:
     """The checkpoints of a run: step, size, whole or not, best, layout, age."""
     from launch.after import list_checkpoints
 
-    click.echo(list_checkpoints(Path(run_dir), is_read=is_read))
+    table, is_whole = list_checkpoints(Path(run_dir), is_read=is_read)
+    click.echo(table)
+    sys.exit(0 if is_whole else 3)
 
 
 @main.command(name="import")

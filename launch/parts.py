@@ -20,7 +20,7 @@ import transformers
 import yaml
 
 from sft_dist.attention import prove_isolation as _prove
-from sft_dist.checkpoint import Checkpoints, read_manifest
+from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
 from sft_dist.config import zero_stage
 from sft_dist.data.build import read_conversations
@@ -37,7 +37,7 @@ from sft_dist.ledger import Ledger
 from sft_dist.limits import Verdict
 from sft_dist.metrics import Console, JsonLines, Metrics, TensorBoard
 from sft_dist.model import build, has_dropout, model_config
-from sft_dist.retention import Retention, list_folders
+from sft_dist.retention import Retention
 from sft_dist.schedule import learning_rate
 from sft_dist.state import Past, TrainState
 from sft_dist.trainer import Cadence
@@ -153,13 +153,15 @@ def prove_isolation(plan: Plan, engine: Engine, made: Any) -> float:
 def resume(plan: Plan, checkpoints: Checkpoints, engine: Engine) -> tuple[TrainState, str]:
     """The state to go on from, and a line that says so."""
     found = checkpoints.restore(engine.fragments, plan.resume.from_step)
-    if found is None and plan.resume.from_step is not None:
-        there = ", ".join(str(int(path.name[5:])) for path in list_folders(checkpoints.folder)) or "none"
-        raise CheckpointError(f"--from {plan.resume.from_step}: no such checkpoint; there are steps {there}")
-    if found is None:
-        return TrainState(), "starting at step 0"
-    path, restored = found
-    state, notes = with_changes(restored, read_manifest(path)["identity"], checkpoints.identity, plan.resume)
+    path, restored, saved = found or (None, TrainState(), checkpoints.identity)
+    state, notes = with_changes(restored, saved, checkpoints.identity, plan.resume)
+    if plan.resume.skip_rows and state.rows_consumed >= plan.rows:
+        left = plan.rows - state.rows_consumed + plan.resume.skip_rows
+        raise CheckpointError(
+            f"--skip-rows {plan.resume.skip_rows}: only {left:,} rows of the run are left; skip fewer"
+        )
+    if path is None:
+        return state, "\n".join(["starting at step 0", *notes])
     engine.restored(state.adam_step, state.loss_scale)
     lines = [f"resuming from step {state.step} of {plan.steps(state)} ({path})", *notes]
     before = yaml.safe_load((path / "run.yaml").read_text())["train"]
@@ -179,6 +181,10 @@ def with_changes(
     notes = [f"allowed: {key} was {then!r} and is {value!r} now" for key, (then, value) in changes(saved, now).items()]
     if resume.resets_data:
         notes.append(f"reset: the stream of rows begins again, {state.rows_consumed:,} rows after its beginning")
+    if resume.resets_data and not state.step:
+        raise CheckpointError(
+            "--reset-data: there is no checkpoint to go on from, the stream begins anyway; leave it out"
+        )
     if resume.resets_data or any(key in STREAM for key in changes(saved, now)):
         left = Past(
             {key: saved[key] for key in STREAM if key in saved},
@@ -263,7 +269,7 @@ def cadence(plan: Plan, total_steps: int) -> Cadence:
     )
 
 
-def watchdog(plan: Plan, state: TrainState) -> Watchdog | None:
+def watchdog(plan: Plan) -> Watchdog | None:
     """What ends the run when a rank hangs; it leaves a verdict, since the ranks can no longer agree on one."""
     if plan.config.train.hang_seconds is None:
         return None
@@ -273,7 +279,7 @@ def watchdog(plan: Plan, state: TrainState) -> Watchdog | None:
 
     folder, seconds = plan.run_dir / WATCH, plan.config.train.hang_seconds
     made = Watchdog(folder, plan.topology, seconds, on_hang, life=plan.life.name).start()
-    made.beat(state.step, "start-up")
+    made.beat(0, "build the engine")
     return made
 
 

@@ -31,11 +31,14 @@ from sft_dist.errors import ConfigError, SftDistError
 from sft_dist.files import Hold, hold
 from sft_dist.identity import ALLOWANCES
 from sft_dist.limits import StopRequest, Verdict
+from sft_dist.retention import list_folders, step_of
 from sft_dist.topology import Life, Topology
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
+    from sft_dist.checkpoint import Checkpoints
     from sft_dist.state import TrainState
 
 
@@ -90,6 +93,14 @@ class Resume:
     skip_rows: int = 0
     allow: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.is_fresh and (self.from_step is not None or self.resets_data or self.skip_rows or self.allow):
+            raise ConfigError(
+                "--fresh starts over: there is nothing for --from, --reset-data, --skip-rows or --allow; leave one out"
+            )
+        if self.skip_rows < 0:
+            raise ConfigError(f"--skip-rows {self.skip_rows}: rows of the stream are left out, so it is 1 or more")
+
     def arguments(self) -> list[str]:
         """As `launch/train.py` takes them.
 
@@ -127,13 +138,10 @@ class Plan:
         """Open the shards and do the arithmetic; raises ConfigError or DataError."""
         run_dir, shards_dir = Path(config.run_dir), Path(config.shards_dirs[0])
         shards, mixture = rows_of(config)
-        saved = {} if resume.is_fresh else _saved_identity(run_dir / "checkpoints")
-        batch = derive_batch(
-            config.train,
-            topology.world_size,
-            (mixture or shards.manifest).documents_per_row,
-            saved.get("global_batch_rows"),
-        )
+        is_same_batch = not resume.is_fresh and "batch-change" not in resume.allow
+        saved = _saved_identity(run_dir / "checkpoints", resume.from_step) if is_same_batch else {}
+        documents_per_row = (mixture or shards.manifest).documents_per_row
+        batch = derive_batch(config.train, topology.world_size, documents_per_row, saved.get("global_batch_rows"))
         rows = total_rows(config.train, batch, shards.num_rows)
         zero = zero_config(config.zero)
         return cls(config, topology, life, resume, run_dir, shards_dir, shards, mixture, zero, batch, rows)
@@ -199,11 +207,11 @@ def _blocks(config: RunConfig) -> Blocks | None:
     return None if order == "rows" else Blocks(order.block_rows, order.window_blocks)
 
 
-def _saved_identity(folder: Path) -> dict[str, Any]:
-    """What the newest checkpoint says it belongs to; empty when there is none to read."""
-    for path in sorted(folder.glob("step-*/manifest.json"), reverse=True):
+def _saved_identity(folder: Path, step: int | None) -> dict[str, Any]:
+    """What the newest checkpoint, or that of `step`, says it belongs to; empty when there is none to read."""
+    for path in (path for path in reversed(list_folders(folder)) if step in (None, step_of(path))):
         try:
-            return dict(json.loads(path.read_text())["identity"])
+            return dict(json.loads((path / "manifest.json").read_text())["identity"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return {}
@@ -212,17 +220,15 @@ def _saved_identity(folder: Path) -> dict[str, Any]:
 def run_plan(plan: Plan, stop: StopRequest) -> int:
     """Build the parts of a run and train."""
     from launch import parts
-    from sft_dist.preflight import rehearse, require_room
-    from sft_dist.trainer import train
+    from sft_dist.preflight import require_room
 
     held = lock(plan.run_dir) if plan.topology.is_main else None
     model, made = parts.model(plan)
-    identity = parts.identity(plan, made)
-    checkpoints = parts.checkpoints(plan, identity)
+    checkpoints = parts.checkpoints(plan, parts.identity(plan, made))
     if not plan.resume.is_fresh:
-        checkpoints.check()
+        checkpoints.check(plan.resume.from_step)
     size = parts.checkpoint_bytes(model)
-    room = require_room(checkpoints.folder, checkpoints.retention, size)
+    room = require_room(checkpoints.folder, checkpoints.retention, size, is_fresh=plan.resume.is_fresh)
 
     comms, device = parts.comms(plan)
     checkpoints.join(comms)
@@ -231,35 +237,75 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
         if plan.resume.is_fresh:
             set_aside(plan.run_dir)
         checkpoints.sweep()
+        Verdict.sweep(plan.run_dir / "verdicts")
         watchdog.clear(plan.run_dir / parts.WATCH)
         parts.write_run_files(plan, made)
     comms.barrier()
 
+    watching = parts.watchdog(plan)
+    try:
+        reason, state, total = _train(plan, model, made, size, room, checkpoints, device, stop, watching)
+    finally:
+        if watching is not None:
+            watching.close()
+    causes = [cause for cause in comms.gather(stop.cause) if cause]
+    if plan.topology.is_main:
+        detail = f"asked to stop by {causes[0]}" if causes and reason == "stopped" else f"{state.step} of {total} steps"
+        Verdict(plan.life.name, reason, state.step, detail).write(plan.run_dir / "verdicts")
+        print(_last_word(plan, reason, state.step, total, detail), flush=True)
+    comms.barrier()
+    comms.close()
+    if held is not None:
+        held.close()
+    return 0
+
+
+def _train(
+    plan: Plan,
+    model: Any,
+    made: Any,
+    size: int,
+    room: str | None,
+    checkpoints: Checkpoints,
+    device: torch.device,
+    stop: StopRequest,
+    watching: watchdog.Watchdog | None,
+) -> tuple[str, TrainState, int]:
+    """From a model to its last step; returns why it ended, the state that is saved by then, and the steps of the run."""
+    from launch import parts
+    from sft_dist.preflight import rehearse
+    from sft_dist.trainer import train
+
+    def beat(phase: str) -> None:
+        if watching is not None:
+            watching.beat(0, phase)
+
+    count = parts.count(model)
     engine = parts.engine(plan, model, device)
+    beat("prove isolation")
     moved = parts.prove_isolation(plan, engine, made)
+    beat("restore")
     state, resumed_from = parts.resume(plan, checkpoints, engine)
     total = plan.steps(state)
-    metrics, say = parts.metrics(plan, state, total)
-    say(
-        f"{plan.describe()}\nmodel: {parts.count(model):,} parameters; packed documents kept apart (logits move {moved:.0e})"
-    )
-    say(resumed_from)
+    beat("write a sample")
     speed = rehearse(checkpoints, engine.fragments)
+    metrics, say = parts.metrics(plan, state, total)
+    say(f"{plan.describe()}\nmodel: {count:,} parameters; packed documents kept apart (logits move {moved:.0e})")
+    say(resumed_from)
     say(
         f"a checkpoint: {size / 1e6:,.1f} MB, {size / speed:,.2f} s at the {speed / 1e9:.2f} GB/s of {checkpoints.folder}"
     )
     if room:
         say(room)
-
-    watching = parts.watchdog(plan, state)
+    beat("start-up")
     try:
         reason, state = train(
             steps=parts.steps(plan, state, device),
             engine=engine,
-            comms=comms,
+            comms=checkpoints.comms,
             state=state,
             learning_rate=parts.schedule(plan, total),
-            evaluator=parts.evaluator(plan, comms),
+            evaluator=parts.evaluator(plan, checkpoints.comms),
             checkpoints=checkpoints,
             metrics=metrics,
             stop=stop,
@@ -269,25 +315,16 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
         )
     finally:
         metrics.close()
-        if watching is not None:
-            watching.close()
-    causes = [cause for cause in comms.gather(stop.cause) if cause]
-    if plan.topology.is_main:
-        detail = f"asked to stop by {causes[0]}" if causes and reason == "stopped" else f"{state.step} of {total} steps"
-        Verdict(plan.life.name, reason, state.step, detail).write(plan.run_dir / "verdicts")
-        print(_last_word(plan.run_dir, reason, state.step, total, detail), flush=True)
-    comms.barrier()
-    comms.close()
-    if held is not None:
-        held.close()
-    return 0
+    return reason, state, total
 
 
-def _last_word(run_dir: Path, reason: str, step: int, total: int, detail: str) -> str:
+def _last_word(plan: Plan, reason: str, step: int, total: int, detail: str) -> str:
     if reason == "completed":
-        return f"completed: {step} of {total} steps, in {run_dir}"
+        return f"completed: {step} of {total} steps, in {plan.run_dir}"
     kept = f"step {step} is saved" if step else "no step was done"
-    return f"stopped after step {step} of {total} ({detail}); {kept}. The same command goes on from there"
+    once = " ".join(argument for argument in plan.resume.arguments() if not argument.startswith("--allow"))
+    without = f" without {once}" if once else ""
+    return f"stopped after step {step} of {total} ({detail}); {kept}. The same command{without} goes on from there"
 
 
 def lock(run_dir: Path) -> Hold:

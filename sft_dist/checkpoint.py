@@ -1,8 +1,8 @@
-"""Checkpoints that any number of GPUs can pick up, and what it means for one to be complete.
+"""Checkpoints that any number of GPUs can pick up: how they come to be, which stay, which one a run goes on from.
 
 Each rank copies its runs of the fp32 masters and Adam moments to host memory, and the step loop goes on; a thread writes
 them, and the main rank's publishes. Files are safetensors and JSON: nothing is ever unpickled. A checkpoint is staged,
-fsynced and renamed; its manifest is written last. Complete means: the manifest verifies, and so does each byte when read.
+fsynced and renamed; its manifest is written last.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from sft_dist.comms import Comms
-from sft_dist.errors import CheckpointError
-from sft_dist.files import BLOCK_BYTES, digest_of, make_folder, publish, set_aside, sync, write_blocks
+from sft_dist.errors import CheckpointError, OtherCheckpointError, UnsavedError
+from sft_dist.files import make_folder, publish, set_aside, sync, sync_folder, write_blocks
 from sft_dist.identity import require_same
 from sft_dist.layout import Fragment
+from sft_dist.manifest import none_is_whole, read_manifest, read_small, write_manifest
 from sft_dist.retention import Retention, list_folders, loss_at, step_of
 from sft_dist.state import TrainState
-from sft_dist.store import Reader, Snapshot, blocks_of, check_index, index, read_whole
+from sft_dist.store import Reader, Snapshot, check_index, index
 
-FORMAT_VERSION = 2
 Fragments = Callable[[], Iterable[Fragment]]  # this rank's live values, as often as they are asked for
 Waiting = Callable[[], None]  # called once a second while a save is waited for
 _log = logging.getLogger("sft_dist")
@@ -124,8 +124,8 @@ class Checkpoints:
             self.saved_step, self._failures = saved.step, 0
         else:
             self._failures += 1
-            when = "after the next step" if self._failures == 1 else "when the next save is due"
-            told = "step %d could NOT be saved: %s. The run goes on, and tries again %s; the ones before are untouched"
+            when = "soon" if self._failures == 1 else "when the next save is due"
+            told = "step %d could NOT be saved: %s. It is tried again %s; the checkpoints before are untouched"
             _log.error(told, saved.step, saved.failure, when)
         return saved
 
@@ -135,7 +135,7 @@ class Checkpoints:
         return self._failures == 1 and self._writer is None
 
     def save(self, fragments: Fragments, state: TrainState, waiting: Waiting = lambda: None) -> Saved:
-        """Save and wait, as at the end; tried twice. Raises CheckpointError when it cannot be written, on every rank."""
+        """Save and wait, as at the end; tried twice. Raises UnsavedError when it cannot be written, on every rank."""
         for _ in range(2):
             self.begin(fragments, state)
             saved = self.finish(waiting)
@@ -143,7 +143,7 @@ class Checkpoints:
             if saved.failure is None:
                 break
         else:
-            raise cannot_be_written(saved.failure)
+            raise UnsavedError(cannot_be_written(saved.failure))
         return saved
 
     def _behind(self, state: TrainState, stall: float) -> None:
@@ -201,61 +201,61 @@ class Checkpoints:
                 (partial / inner).parent.mkdir(parents=True, exist_ok=True)
                 files[inner] = write_blocks(partial / inner, path.read_bytes())
         manifest = {
-            "format_version": FORMAT_VERSION,
             "step": state.step,
             "world_size": self.comms.topology.world_size,
             "zero_stage": self.stage,
             "saved_at": time.time(),
             "identity": self.identity,
-            "block_bytes": BLOCK_BYTES,
             "files": files,
             "tensors": index(pieces),
         }
+        check_index(manifest["tensors"], files)  # a layout that leaves elements out must not come to be trusted
         sync(partial)  # before the manifest exists: it vouches for what is on the disk
-        write_blocks(partial / "manifest.json", _dump({**manifest, "digest": digest_of(manifest)}))
+        write_manifest(partial, manifest)
         publish(partial, final)  # a folder of that name is the same step, saved by an earlier life and damaged since
-        _point(self.folder / "latest", final.name)
+        self.attempt(_point, self.folder / "latest", final.name)
 
     def _prune(self, newest: Path) -> None:
         """Remove what the retention does not keep; what has a higher step is damaged, or resume had used it."""
         there = {step_of(path): path for path in list_folders(self.folder) if step_of(path) <= step_of(newest)}
-        kept = self.retention.kept({step: loss_at(path, step) for step, path in there.items()})
+        kept = self.retention.kept({step: loss_at(path) for step, path in there.items()})
         for step in sorted(there.keys() - kept):
             _remove(there[step])
 
     def sweep(self) -> None:
         """Remove what a life that was killed left half written or half removed."""
-        for pattern in (".step-*.partial", ".step-*.removed", ".latest.partial", ".sample-*.partial"):
-            for path in self.folder.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for path in leftovers(self.folder):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-    def check(self) -> None:
-        """Refuse, before anything is started, to continue a run that is another one.
+    def check(self, step: int | None = None) -> None:
+        """Refuse, before anything is started, to continue a run that is another one, from `step` if one is asked for.
 
-        Raises CheckpointError naming both values.
+        Raises CheckpointError naming both values, or the steps that there are.
         """
-        for path in reversed(list_folders(self.folder)):
+        for path in _candidates(list_folders(self.folder), step):
             try:
                 saved = read_manifest(path)["identity"]
+            except OtherCheckpointError:
+                raise
             except CheckpointError:
                 continue  # damaged: `restore` says so
             return require_same(path, saved, self.identity, self.allowed)
 
-    def restore(self, fragments: Fragments, step: int | None = None) -> tuple[Path, TrainState] | None:
+    def restore(self, fragments: Fragments, step: int | None = None) -> tuple[Path, TrainState, dict[str, Any]] | None:
         """Fill the live masters and moments from the newest whole checkpoint, whatever layout wrote it; None: there is none.
 
-        `step` asks for that one alone: newer ones are then set aside, and damage is an error. A damaged one is named in a
-        warning and passed over; once an older one has been used it is set aside. Raises CheckpointError, on every rank, when
-        all are damaged (falling past the last is never a fresh start), or when the checkpoint belongs to another run.
+        Returns its folder, its state and the identity that it was saved with. `step` asks for that one alone: newer ones are
+        then set aside, and damage is an error. A damaged one is named in a warning and passed over; once an older one has been
+        used it is set aside. Raises CheckpointError, on every rank, when all are damaged (falling past the last is never a
+        fresh start), or when the checkpoint belongs to another run or there is none of that step.
         """
-        paths = self.comms.broadcast(list(reversed(list_folders(self.folder))) if self._is_main else None)
-        newer: list[Path] = []
-        if step is not None:
-            newer, paths = [p for p in paths if step_of(p) > step], [p for p in paths if step_of(p) == step]
+        there = self.comms.broadcast(list_folders(self.folder) if self._is_main else None)
+        newer = [path for path in there if step is not None and step_of(path) > step]
         damage: list[tuple[Path, str]] = []
-        for path in paths:
-            state, reason = self._fill(path, fragments)
-            if reason is None:
+        for path in _candidates(there, step):
+            filled, reason = self._fill(path, fragments)
+            if filled is not None:
+                state, identity = filled
                 if self._is_main:
                     for other, _ in damage:
                         set_aside(other, "damaged")
@@ -264,142 +264,61 @@ class Checkpoints:
                     if damage or newer:
                         _point(self.folder / "latest", path.name)
                 self.begun_step = self.saved_step = state.step
-                return path, state
+                return path, state, identity
             _log.warning("checkpoint passed over: %s", reason)
             damage.append((path, reason))
         if damage:
-            raise _none_is_whole(self.folder, damage)
+            raise none_is_whole(self.folder, damage, is_one_of_many=step is not None and len(there) > 1)
         return None
 
-    def _fill(self, path: Path, fragments: Fragments) -> tuple[TrainState | None, str | None]:
-        """One attempt: the main rank reads the manifest for all, each rank its runs. (state, None) or (None, damage)."""
-        manifest, state, reason = None, None, None
+    def _fill(self, path: Path, fragments: Fragments) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
+        """One attempt: the main rank reads the small files for all, each rank its runs. ((state, identity), "") or damage."""
+        manifest, state, error = None, None, None
         if self._is_main:
             try:
                 manifest = read_manifest(path)
-                state = read_state(path, manifest)
-            except CheckpointError as error:
-                reason = str(error)
-        manifest, state, reason = self.comms.broadcast((manifest, state, reason))
-        if reason is None:
+                state = read_small(path, manifest)
+            except CheckpointError as found:
+                error = found
+        manifest, state, error = self.comms.broadcast((manifest, state, error))
+        if error is None:
             require_same(path, manifest["identity"], self.identity, self.allowed)
             try:
                 Reader(path, manifest).fill(fragments())
-            except CheckpointError as error:
-                reason = str(error)
-            reason = next((why for why in self.comms.gather(reason) if why), None)
-        return (state, None) if reason is None else (None, reason)
+            except CheckpointError as found:
+                error = found
+            error = next((each for each in self.comms.gather(error) if each), None)
+        if isinstance(error, OtherCheckpointError):
+            raise error
+        return ((state, manifest["identity"]), "") if error is None else (None, str(error))
 
 
-def cannot_be_written(failure: str) -> CheckpointError:
-    """The error of a save that must succeed and does not."""
-    return CheckpointError(
-        f"{failure}: the checkpoint cannot be written. Make room or mend the path; the ones before are untouched"
-    )
+def cannot_be_written(failure: str) -> str:
+    """What is said of a save that must succeed and does not."""
+    return f"{failure}: the checkpoint cannot be written. Make room or mend the path; the ones before are untouched"
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What a life that was killed left half written or half removed."""
+    patterns = (".step-*.partial", ".step-*.removed", ".latest.partial", ".sample-*.partial")
+    return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
 def _remove(path: Path) -> None:
-    """Gone in one rename, so that a crash on the way leaves nothing that looks like a checkpoint."""
+    """Gone in one rename that is on the disk first, so that a crash on the way leaves nothing that looks like a checkpoint."""
     gone = path.with_name(f".{path.name}.removed")
     path.rename(gone)
+    sync_folder(path.parent)
     shutil.rmtree(gone)
 
 
-def _none_is_whole(folder: Path, damage: list[tuple[Path, str]]) -> CheckpointError:
-    return CheckpointError(
-        f"{folder}: none of {len(damage)} checkpoints is whole ({damage[0][1]}). "
-        "Restore one from a backup, or start over with --fresh (the damaged ones are kept)"
-    )
-
-
-def _dump(manifest: Mapping[str, Any]) -> bytes:
-    return json.dumps(manifest, separators=(",", ":")).encode()
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder, after everything that it says of itself, its files and its runs has been checked.
-
-    Raises CheckpointError naming the file and what is wrong.
-    """
-    file = path / "manifest.json"
-    try:
-        with file.open("rb") as opened_file:
-            text = opened_file.read(_MANIFEST_LIMIT)
-        manifest = json.loads(text)
-        version = manifest["format_version"]
-        if version != FORMAT_VERSION:
-            raise CheckpointError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}")
-        if _dump(manifest) != text:
-            raise ValueError("its bytes are not the ones that were written")
-        digest = manifest.pop("digest")
-        if digest != digest_of(manifest):
-            raise ValueError("its bytes are not the ones that were written")
-        _check_files(manifest["files"], manifest["block_bytes"])
-        check_index(manifest["tensors"], manifest["files"])
-        dict(manifest["identity"])
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise CheckpointError(f"{file}: {type(error).__name__}: {error}") from None
-    return manifest
-
-
-_MANIFEST_LIMIT = 1 << 31  # bytes
-
-
-def _check_files(files: Mapping[str, Any], block_bytes: int) -> None:
-    """Names stay in the folder, sizes agree with the number of digests."""
-    if block_bytes != BLOCK_BYTES:
-        raise ValueError(f"blocks of {block_bytes!r} bytes; this program reads {BLOCK_BYTES}")
-    for name, entry in files.items():
-        parts = PurePosixPath(name).parts
-        if not parts or name != "/".join(parts) or ".." in parts or PurePosixPath(name).is_absolute():
-            raise ValueError(f"{name!r} is not a file of this folder")
-        size, blocks = entry["bytes"], entry["blocks"]
-        if type(size) is not int or size < 0 or len(blocks) != -(-size // BLOCK_BYTES):
-            raise ValueError(f"{name}: {size!r} bytes in {len(blocks)} blocks")
-
-
-def verify(path: Path) -> str | None:
-    """None when every file is there with its digests, else what is wrong, naming the file."""
-    try:
-        for name, entry in read_manifest(path)["files"].items():
-            for _ in blocks_of(path / name, entry):
-                pass
-    except CheckpointError as error:
-        return str(error)
-    return None
-
-
-def read_state(path: Path, manifest: Mapping[str, Any] | None = None) -> TrainState:
-    """The training state of a checkpoint folder, checked. Raises CheckpointError."""
-    manifest = manifest or read_manifest(path)
-    try:
-        return TrainState.from_json(read_whole(path / "state.json", manifest["files"]["state.json"]))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path / 'state.json'}: {type(error).__name__}: {error}") from None
-
-
-def newest_masters(folder: Path, fragments_of: Callable[[Path], Iterable[Fragment]]) -> tuple[Path, TrainState] | None:
-    """Fill what `fragments_of(checkpoint folder)` gives from the newest whole checkpoint, alone; None: there is none.
-
-    Damaged ones are named in a warning, passed over, and left where they are. Raises CheckpointError when all are damaged.
-    """
-    damage = []
-    for path in reversed(list_folders(folder)):
-        try:
-            manifest = read_manifest(path)
-            for name, entry in manifest["files"].items():
-                if name not in manifest["tensors"]["shards"]:
-                    read_whole(path / name, entry)
-            Reader(path, manifest).fill(fragments_of(path))
-            return path, read_state(path, manifest)
-        except CheckpointError as error:
-            _log.warning("checkpoint passed over: %s", error)
-            damage.append((path, str(error)))
-    if damage:
-        raise _none_is_whole(folder, damage)
-    return None
+def _candidates(there: list[Path], step: int | None) -> list[Path]:
+    """The checkpoints to try, the newest first; of `step` alone when it is asked for. Raises CheckpointError."""
+    chosen = [path for path in reversed(there) if step in (None, step_of(path))]
+    if step is not None and not chosen:
+        steps = ", ".join(str(step_of(path)) for path in there) or "none"
+        raise CheckpointError(f"--from {step}: no such checkpoint; there are steps {steps}")
+    return chosen
 
 
 def _point(link: Path, target: str) -> None:

@@ -1,4 +1,4 @@
-"""How the ranks talk and agree; the only place, beside `checkpoint`, that knows `torch.distributed`."""
+"""How the ranks talk and agree; the only place that knows `torch.distributed`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sft_dist.topology import Topology
 class Comms:
     """The process group of a run, and a second one on the CPU for the small control messages.
 
-    A world of one is a proper world: DeepSpeed and DCP then need no special case.
+    A world of one is a proper world: DeepSpeed then needs no special case.
 
     >>> comms = Comms(Topology(), device=torch.device("cpu"))  # doctest: +SKIP
     >>> comms.sum([3, 0])  # doctest: +SKIP

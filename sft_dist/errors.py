@@ -35,3 +35,13 @@ class CheckpointError(SftDistError):
     """A checkpoint is damaged, belongs to another run, or cannot be written."""
 
     exit_code = 3
+
+
+class OtherCheckpointError(CheckpointError):
+    """A checkpoint is whole, and yet not for this program or this model: an older one would not help."""
+
+
+class UnsavedError(CheckpointError):
+    """The last steps could not be written, by no fault of the run: started again where there is room, it goes on."""
+
+    verdict = "unsaved"

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from sft_dist.checkpoint import newest_masters
 from sft_dist.config import RunConfig, read
 from sft_dist.data.records import Turn
 from sft_dist.data.tokenise import Tokenizer, prompt_ids
@@ -20,6 +19,7 @@ from sft_dist.data.work import template_for
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.files import publish
 from sft_dist.layout import Fragment, whole
+from sft_dist.manifest import newest_masters
 
 ABOUT = "sft_dist.json"  # in an export: which run, step and shards it is from
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,7 +44,11 @@ def read_run(run_dir: Path, dtype: torch.dtype | None = None) -> Trained:
 
     def plain(path: Path) -> Iterable[Fragment]:
         made = AutoConfig.from_pretrained(path / "model", trust_remote_code=False)
-        built[:] = [AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation="sdpa")]
+        built[:] = [
+            AutoModelForCausalLM.from_config(
+                made, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+            )
+        ]
         return whole(built[0])
 
     found = newest_masters(run_dir / "checkpoints", plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -39,7 +40,8 @@ class Hold:
 
     def _beat(self) -> None:
         while not self._over.wait(_BEAT_SECONDS):
-            os.utime(self._file.fileno())
+            with contextlib.suppress(OSError, ValueError):  # a server that is away for a while; or just closed
+                os.utime(self._file.fileno())
 
     def close(self) -> None:
         """Let go."""
@@ -107,7 +109,7 @@ def sync(path: Path) -> None:
     """Wait until a file, or a folder with everything below it, is on the disk and not only on its way."""
     for inner in sorted(path.iterdir()) if path.is_dir() else ():
         sync(inner)
-    _flush(path)
+    sync_folder(path)
 
 
 def digest_of_block(block: bytes | memoryview) -> str:
@@ -221,7 +223,7 @@ def make_folder(path: Path) -> None:
     if not path.parent.is_dir():
         make_folder(path.parent)
     path.mkdir(exist_ok=True)
-    _flush(path.parent)
+    sync_folder(path.parent)
 
 
 def publish(staged: Path, final: Path) -> None:
@@ -230,10 +232,11 @@ def publish(staged: Path, final: Path) -> None:
     if final.is_dir():
         set_aside(final)
     staged.replace(final)
-    _flush(final.parent)  # makes the rename itself durable
+    sync_folder(final.parent)  # makes the rename itself durable
 
 
-def _flush(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Wait until a file, or a folder's own list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

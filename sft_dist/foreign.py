@@ -19,8 +19,7 @@ from typing import Any
 import torch
 
 from sft_dist.errors import CheckpointError
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from sft_dist.layout import MOMENTS
 
 
 class _Inert:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from sft_dist.files import publish
 
-Reason = Literal["completed", "stopped", "refused", "diverged", "hung"]
+Reason = Literal["completed", "stopped", "refused", "diverged", "hung", "unsaved"]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -52,7 +52,7 @@ class Verdict:
 
     `completed`: nothing is left to do; `stopped`: asked to, go on later; `refused`: the configuration, the data or the
     checkpoint is wrong, and starting again will not help; `diverged`: the loss is no longer a number; `hung`: a rank made no
-    progress. No verdict at all means that the life was killed.
+    progress; `unsaved`: the last steps could not be written, the checkpoints before are whole. No verdict at all means that the life was killed.
     """
 
     life: str
@@ -69,6 +69,12 @@ class Verdict:
         staged.write_text(json.dumps(asdict(self), indent=2))
         publish(staged, path)
         return path
+
+    @staticmethod
+    def sweep(folder: Path) -> None:
+        """Remove what a life left that was killed while it wrote its verdict."""
+        for path in folder.glob(".*.partial"):
+            path.unlink()
 
     @classmethod
     def read(cls, folder: Path, life: str) -> Verdict | None:

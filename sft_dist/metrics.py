@@ -236,7 +236,7 @@ _SHOWN = {
     "validation_f1": "F1 {:.4f}",
     "checkpoint_bytes": "saved {:,.0f} bytes",
     "checkpoint_write_seconds": "in {:.2f} s",
-    "checkpoint_stall_seconds": "of which the loop waited {:.2f} s",
+    "checkpoint_stall_seconds": "the loop waited {:.2f} s",
 }
 
 

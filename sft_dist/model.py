@@ -61,7 +61,9 @@ def build(config: ModelConfig, made: PretrainedConfig, *, seed: int, gradient_ch
     if config.is_scratch:
         torch.manual_seed(seed)
         model = _load(
-            lambda: AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation="sdpa"),
+            lambda: AutoModelForCausalLM.from_config(
+                made, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+            ),
             f"model_type {made.model_type!r}",
         )
     else:

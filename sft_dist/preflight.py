@@ -6,19 +6,23 @@ import shutil
 import time
 from pathlib import Path
 
-from sft_dist.checkpoint import Checkpoints, Fragments, cannot_be_written
+from sft_dist.checkpoint import Checkpoints, Fragments, cannot_be_written, leftovers
 from sft_dist.errors import CheckpointError
 from sft_dist.retention import Retention, list_folders
 
 
-def require_room(folder: Path, retention: Retention, num_bytes: int) -> str | None:
+def require_room(folder: Path, retention: Retention, num_bytes: int, *, is_fresh: bool = False) -> str | None:
     """Before anything is started: do the checkpoints that are kept, and two more, fit? Else a warning with the numbers.
 
-    `num_bytes` is the size of one. Raises CheckpointError when there is no room for a single one.
+    `num_bytes` is the size of one. Those that are there give way in time; what a killed life left half written does so at
+    once. A fresh start keeps all of it. Raises CheckpointError when there is no room for a single one.
     """
     above = next(path for path in (folder, *folder.parents) if path.is_dir())
     free, copies = shutil.disk_usage(above).free, retention.keep_last + retention.keep_best + 2
-    there = sum(file.stat().st_size for path in list_folders(folder) for file in path.rglob("*") if file.is_file())
+    there = 0
+    if not is_fresh:
+        free += sum(file.stat().st_size for path in leftovers(folder) for file in path.rglob("*") if file.is_file())
+        there = num_bytes * len(list_folders(folder))  # not looked into: many ranks ask at once
     if free < num_bytes:
         raise CheckpointError(
             f"{folder}: {free / 1e9:,.2f} GB are free, and one checkpoint takes {num_bytes / 1e9:,.2f} GB; make room, or "
@@ -46,5 +50,5 @@ def rehearse(checkpoints: Checkpoints, fragments: Fragments) -> float:
     seconds = max(comms.gather(time.perf_counter() - started))
     sample.unlink(missing_ok=True)
     if failure := next((why for why in comms.gather(failure) if why), None):
-        raise cannot_be_written(failure)
+        raise CheckpointError(cannot_be_written(failure))
     return sum(comms.gather(size)) / seconds

@@ -39,10 +39,9 @@ def step_of(path: Path) -> int:
     return int(path.name[5:])
 
 
-def loss_at(path: Path, step: int) -> float | None:
-    """The validation loss measured at that very step; a state that cannot be read has none."""
+def loss_at(path: Path) -> float | None:
+    """The validation loss measured at a checkpoint's own step; a state that cannot be read has none."""
     try:
-        evaluated = TrainState.from_json((path / "state.json").read_bytes()).evaluated
+        return TrainState.from_json((path / "state.json").read_bytes()).loss_here
     except (OSError, ValueError, TypeError, AttributeError):
         return None
-    return evaluated[1] if evaluated is not None and evaluated[0] == step else None

@@ -72,6 +72,15 @@ class TrainState:
             gpu_seconds=self.gpu_seconds + gpu_seconds,
         )
 
+    @property
+    def loss_here(self) -> float | None:
+        """The validation loss that was measured at this very step, if one was.
+
+        >>> TrainState(step=20, evaluated=(20, 2.5)).loss_here, TrainState(step=30, evaluated=(20, 2.5)).loss_here
+        (2.5, None)
+        """
+        return self.evaluated[1] if self.evaluated is not None and self.evaluated[0] == self.step else None
+
     @classmethod
     def from_json(cls, text: str | bytes) -> TrainState:
         """Read what `asdict` and JSON made of one; unknown keys are an error. Raises ValueError or TypeError."""

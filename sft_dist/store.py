@@ -12,6 +12,7 @@ import contextlib
 import json
 import mmap
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from sft_dist.errors import CheckpointError
+from sft_dist.errors import CheckpointError, OtherCheckpointError
 from sft_dist.files import BLOCK_BYTES, digest_of_block, make_folder, write_large
 from sft_dist.layout import Fragment
 
@@ -204,7 +205,8 @@ class Reader:
     def fill(self, fragments: Iterable[Fragment]) -> None:
         """Fill the live values of these fragments, in place, each byte checked as it is read.
 
-        Raises CheckpointError naming the file that is damaged, or the parameter that is missing or of another size.
+        Raises CheckpointError naming the file that is damaged, OtherCheckpointError naming the parameter that is missing or of
+        another size.
         """
         wanted: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)
         for fragment in fragments:
@@ -219,9 +221,9 @@ class Reader:
         kinds = self._kinds.get(fragment.name, [])
         if kind not in kinds or self.lengths[fragment.name] != fragment.length:
             there = f"{self.lengths[fragment.name]} elements of {kinds}" if kinds else "nothing"
-            raise CheckpointError(
+            raise OtherCheckpointError(
                 f"{self.folder}: {fragment.name}: the model wants {fragment.length} elements of {kind}, the checkpoint has "
-                f"{there}; it is of another model"
+                f"{there}; it is of another model: name the one that was trained, or start over with --fresh (nothing is deleted)"
             )
         end = fragment.offset + fragment.numel
         runs = self._runs[fragment.name]
@@ -270,15 +272,18 @@ def _bytes_of(values: torch.Tensor) -> memoryview:
 
 
 @contextlib.contextmanager
-def opened(path: Path, entry: Mapping[str, Any]) -> Iterator[int]:
-    """A descriptor of a checkpoint's file: a regular one of the manifest's size, or CheckpointError."""
+def opened(path: Path, entry: Mapping[str, Any] | None = None) -> Iterator[int]:
+    """A descriptor of a checkpoint's file: a regular one, of the size that its `entry` says, or CheckpointError."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe must not be waited for
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     try:
-        if (size := os.fstat(descriptor).st_size) != entry["bytes"]:
-            raise CheckpointError(f"{path}: {size} bytes, {entry['bytes']} were written")
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise CheckpointError(f"{path}: not a regular file")
+        if entry is not None and about.st_size != entry["bytes"]:
+            raise CheckpointError(f"{path}: {about.st_size} bytes, {entry['bytes']} were written")
         yield descriptor
     finally:
         os.close(descriptor)

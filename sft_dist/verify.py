@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from sft_dist.checkpoint import read_manifest, verify
 from sft_dist.data.mixture import Joined
 from sft_dist.data.shards import RowBatch, Shards
 from sft_dist.errors import CheckpointError, DataError
 from sft_dist.layout import Fragment
 from sft_dist.ledger import Ledger, keys, recomputed
+from sft_dist.manifest import read_manifest, verify
 from sft_dist.retention import list_folders
 from sft_dist.state import TrainState
-from sft_dist.store import Reader
+from sft_dist.store import Reader, opened
 
 Order = Callable[[np.ndarray], np.ndarray]
 _ORDINALS, _ROWS = 1 << 20, 1 << 10  # in one go
@@ -86,9 +86,17 @@ def usage(order: Order, num_rows: int, begin: int, end: int, skipped: Sequence[t
 
 
 def fed(
-    state: TrainState, shards: Shards | Joined, order: Order, seed: int, names: Sequence[str] = ("rows",)
+    state: TrainState,
+    shards: Shards | Joined,
+    order: Order,
+    seed: int,
+    names: Sequence[str] = ("rows",),
+    period: int | None = None,
 ) -> Iterator[Check]:
-    """What the ledger says was fed, and what the order says is to be fed, as the shards hold it."""
+    """What the ledger says was fed, and what the order says is to be fed, as the shards hold it.
+
+    `period`: ordinals after which each set has been drawn evenly; default: an epoch of the shards.
+    """
     counts = usage(order, shards.num_rows, state.begin, state.rows_consumed, state.skipped)
     try:
         wanted = recomputed(_counted(shards, counts), keys(seed, shards.seq_len))
@@ -96,7 +104,8 @@ def fed(
         yield Check("shards", False, str(error))
         return
     yield _same_ledger(state.ledger, wanted)
-    yield from _epochs(shards, counts, names, bool(state.skipped))
+    whole = -(-state.rows_consumed // (period or shards.num_rows)) * (period or shards.num_rows)
+    yield from _epochs(shards, counts, usage(order, shards.num_rows, 0, whole), names)
     ranges = ", ".join(f"{begin:,} to {end - 1:,}" for begin, end in state.skipped)
     yield Check("skipped", True, f"on purpose, and recorded: ordinals {ranges}" if ranges else "no row of the stream")
 
@@ -110,16 +119,22 @@ def _same_ledger(recorded: Ledger, wanted: Ledger) -> Check:
     )  # fmt: skip
 
 
-def _epochs(shards: Shards | Joined, counts: np.ndarray, names: Sequence[str], has_skipped: bool) -> Iterator[Check]:
-    """Each row of a set as often as the epochs say: so many times, or once more in an epoch that is not over."""
+def _epochs(shards: Shards | Joined, counts: np.ndarray, whole: np.ndarray, names: Sequence[str]) -> Iterator[Check]:
+    """Each row of a set as often as the epochs say: in `whole`, the stream from its begin to the end of an epoch, each comes
+    as often as any other, or once more in a set's own epoch that is not over. `counts` is what of that stream was fed."""
     begin = 0
     for name, one in zip(names, _sets(shards), strict=True):
-        mine = counts[begin : begin + one.num_rows]
+        mine, all_of_it = counts[begin : begin + one.num_rows], whole[begin : begin + one.num_rows]
         begin += one.num_rows
-        epochs, low, high = mine.sum() / one.num_rows, int(mine.min()), int(mine.max())
-        times = f"{low}" if low == high else f"{low} to {high}"
-        is_even = high - low <= 1 or has_skipped
-        yield Check("epochs", is_even, f"{one.num_rows:,} {name}, {epochs:.2f} epochs: each fed {times} times")
+        times = f"{mine.min()}" if mine.min() == mine.max() else f"{mine.min()} to {mine.max()}"
+        is_even = all_of_it.max() - all_of_it.min() <= 1
+        told = (
+            "" if is_even else f"; over whole epochs {all_of_it.min()} to {all_of_it.max()} times: the order is uneven"
+        )
+        epochs = mine.sum() / one.num_rows
+        yield Check(
+            "epochs", bool(is_even), f"{one.num_rows:,} {name}, {epochs:.2f} epochs: each fed {times} times{told}"
+        )
 
 
 def _sets(shards: Shards | Joined) -> Sequence[Shards]:
@@ -142,6 +157,9 @@ def export(out: Path, step: int, dtype: torch.dtype, folder: Path) -> Check:
         return Check("export", None, f"{out}: is of step {step}, whose checkpoint is no longer kept")
     try:
         manifest = read_manifest(path)
+        for name, entry in manifest["files"].items():
+            with opened(path / name, entry):  # as large as it says, before memory is asked for
+                pass
         masters = {name: torch.empty(length) for name, length, _ in manifest["tensors"]["parameters"]}
         Reader(path, manifest).fill(Fragment(n, len(m), 0, {"master": m}) for n, m in masters.items())
     except CheckpointError as error:

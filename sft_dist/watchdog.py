@@ -99,7 +99,7 @@ class Watchdog:
         self._grace_seconds = 2 * min(2.0, self.timeout_seconds / 4)
         self._patience_seconds = min(10.0, self.timeout_seconds)  # with a disk or an `on_hang` that does not answer
         self._last_beat = (0, 0, "start-up", time.monotonic())
-        self._has_given_up = False
+        self._has_given_up, self._waits_since = False, 0.0
         self._closing, self._writing = threading.Event(), threading.Lock()
         self._threads = [threading.Thread(target=it, name=it.__name__, daemon=True) for it in (self._watch, self._show)]
 
@@ -123,10 +123,14 @@ class Watchdog:
     def beat(self, step: int, phase: str) -> None:
         """Say that the main thread moves, at each phase and each micro-batch: neither I/O nor a lock."""
         self._last_beat = (self._last_beat[0] + 1, step, phase, time.monotonic())
+        self._waits_since = 0.0
 
     def wait(self, step: int, phase: str) -> None:
-        """Say that the main thread waits for what has a time-out of its own: the clock moves, the count does not."""
-        self._last_beat = (self._last_beat[0], step, phase, time.monotonic())
+        """Say that the main thread waits for a disk: the clock moves for three time-outs, the count does not at all."""
+        now = time.monotonic()
+        self._waits_since = self._waits_since or now
+        if now - self._waits_since < 3 * self.timeout_seconds:
+            self._last_beat = (self._last_beat[0], step, phase, now)
 
     def close(self, *_: object) -> None:
         """Stop watching; no file stays, but for the stacks of a hang."""

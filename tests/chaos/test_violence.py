@@ -9,26 +9,29 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sft_dist.checkpoint import Checkpoints, newest_masters
+from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
 from sft_dist.data.records import Document
 from sft_dist.data.shards import Shards, write
 from sft_dist.errors import CheckpointError, DataError
 from sft_dist.layout import MOMENTS, Fragment
+from sft_dist.manifest import newest_masters
 from sft_dist.retention import Retention
 from sft_dist.state import TrainState
 from tests.chaos.driver import campaigns
 from tests.workers import run_workers
 
+PLANNED = {2: "a rank hangs", 5: "a flipped byte in the newest", 9: "cut shards"}  # the other lives are drawn
 LENGTHS = {"matrix": 120_000, "bias": 37}
 
 
 def test_a_slice_of_lives_ends_as_if_nothing_had_happened():
     """At least 12 lives in a steady and an elastic campaign; what each must satisfy is asserted in the driver."""
     said = []
-    summary = campaigns(12, seed=2, say=said.append, per_campaign=6)
+    summary = campaigns(12, seed=2, say=said.append, per_campaign=6, planned=PLANNED)
     assert summary["lives"] == 12, said
-    assert [campaign["elastic"] for campaign in summary["campaigns"]] == [False, True]
+    assert set(PLANNED.values()) <= summary["violence"].keys(), said
+    assert [campaign["elastic"] for campaign in summary["campaigns"]][:2] == [False, True]
     assert summary["campaigns"][0]["is_bit_identical"]
     assert summary["layout_changes"] >= 3
 
@@ -100,6 +103,26 @@ def test_every_flipped_byte_of_a_checkpoint_is_found_before_it_is_used(tmp_path,
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000001")
     for path, place in flips(tmp_path / "checkpoints" / "step-00000002", 100, seed=2):
         assert outcome(tmp_path) is None, (path, place)
+
+
+def resume_from_flipped(topology, folder, count, seed):
+    """The step that a run goes on from, of each flip in the newest of two checkpoints."""
+    checkpoints = Checkpoints(
+        folder / "checkpoints", identity={"data": "d"}, attachments={}, retention=Retention(2), stage=2,
+        comms=Comms(topology, torch.device("cpu")),
+    )  # fmt: skip
+    newest, seen = folder / "checkpoints" / "step-00000002", []
+    for path, place in flips(newest, count, seed):
+        seen.append((path.name, place, checkpoints.restore(lambda: fragments(0))[1].step))
+        newest.with_name(f"{newest.name}.damaged-1").rename(newest)
+    return seen
+
+
+def test_every_flipped_byte_is_found_by_a_run_that_goes_on(tmp_path):
+    run_workers(save_two, 1, tmp_path)
+    (seen,) = run_workers(resume_from_flipped, 1, tmp_path, 200, 5)
+    assert len(seen) >= 200
+    assert [each for each in seen if each[2] != 1] == []
 
 
 def test_every_flipped_byte_of_shards_is_found_before_a_row_is_used(tmp_path):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sft_dist import store
-from sft_dist.checkpoint import Checkpoints, verify
+from sft_dist.checkpoint import Checkpoints
+from sft_dist.manifest import verify
 from sft_dist.retention import Retention
 from sft_dist.state import TrainState
 from sft_dist.trainer import Cadence

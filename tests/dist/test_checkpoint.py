@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sft_dist.checkpoint import Checkpoints, read_manifest, read_state
+from sft_dist.checkpoint import Checkpoints
+from sft_dist.manifest import read_manifest, read_state
 from sft_dist.errors import CheckpointError
 from sft_dist.layout import Fragment
 from sft_dist.ledger import Ledger

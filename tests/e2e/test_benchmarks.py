@@ -14,7 +14,11 @@ from tests.e2e.commands import ROOT, run
     [
         ("pack.py", "--documents 3000", "machine"),
         ("loader.py", "--rows 2000 --repeats 1", "of_raw"),
-        ("checkpoint.py", "--layers 1 --width 64 --stages 3 --repeats 1 --train-seconds 3 --every-seconds 1 --plan-ranks 8", "planning"),
+        (
+            "checkpoint.py",
+            "--layers 1 --width 64 --stages 3 --repeats 1 --train-seconds 3 --every-seconds 1 --plan-ranks 8",
+            "planning",
+        ),
         ("prepare.py", "--pairs {pairs} --no-scale --repeats 1", "machine"),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 
-import numpy as np
 import pytest
 
 from sft_dist.config import load
@@ -47,7 +46,7 @@ def test_an_interrupted_run_is_certified(interrupted):
     assert text.count("each as it was written") == 2
     assert "what the model was given is what the shards and the order say" in text
     assert "1.60 epochs: each fed 1 to 2 times" in text
-    assert "1 completed, 2 stopped" in text or "1 completed" in text
+    assert "1 completed (one that was killed leaves none)" in text  # all lives of these tests have one name
 
 
 def feed_twice(topology, path, overrides):
@@ -162,10 +161,7 @@ def test_from_an_older_step_and_with_another_batch(task, tmp_path):
     assert (aside / "state.json").read_text() == kept  # what was newer is set aside, not deleted
     state = state_of(tmp_path / "run")
     assert state["notes"] == ["step 4: allowed: global_batch_rows was 8 and is 16 now"]
-    assert (
-        np.diff([0, 4 * 8, state["rows_consumed"]]).tolist()[1] == 16 * (state["step"] - 4)
-        or state["rows_consumed"] % 16
-    )
+    assert -(-(state["rows_consumed"] - 4 * 8) // 16) == state["step"] - 4  # the last step is short
     kept_lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl.old-1").read_text().splitlines()]
     assert max(line["step"] for line in kept_lines) == int(there[-1][5:])  # and so are the numbers of its steps
     assert run_workers(certified, 1, tmp_path / "run")[0][0]

@@ -1,8 +1,11 @@
+import shutil
+
 import pytest
 import torch
 
 from sft_dist.comms import Comms
 from sft_dist.topology import Topology
+from tests.unit.saved_runs import checkpoints, fragments, state
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for one another
 
@@ -13,3 +16,18 @@ def comms():
     made = Comms(Topology(), torch.device("cpu"))
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory, comms):
+    """Three checkpoints of one run; copied by the tests that damage them."""
+    folder = tmp_path_factory.mktemp("run")
+    made = checkpoints(folder, comms)
+    for step in (1, 2, 3):
+        made.save(lambda step=step: fragments(step), state(step))
+    return folder
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "run", symlinks=True)

@@ -7,88 +7,25 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sft_dist import checkpoint
-from sft_dist.checkpoint import Checkpoints, newest_masters, read_manifest, read_state, verify
-from sft_dist.errors import CheckpointError
-from sft_dist.files import digest_of, digest_of_block
+from sft_dist import checkpoint, store
+from sft_dist.errors import CheckpointError, OtherCheckpointError, UnsavedError
 from sft_dist.layout import MOMENTS, Fragment, whole
-from sft_dist.retention import Retention
-from sft_dist.state import TrainState
-from sft_dist.store import Reader
-
-IDENTITY = {"model": "m1", "data": "d1", "tokenizer": "t1", "global_batch_rows": 8}
-SHAPES = {"weight": (3, 4), "bias": (3,)}
-
-
-def fragments(seed):
-    """A whole little model as one rank holds it, moments included."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for name, shape in SHAPES.items():
-        length = torch.Size(shape).numel()
-        values = {kind: torch.randn(length, generator=generator) for kind in ("master", *MOMENTS)}
-        made.append(Fragment(name, length, 0, values))
-    return made
-
-
-def equal(one, other):
-    return all(
-        torch.equal(a.values[kind], b.values[kind]) for a, b in zip(one, other, strict=True) for kind in a.values
-    )
-
-
-def checkpoints(tmp_path, comms, *, keep_last=5, **identity):
-    attachments = tmp_path / "attachments"
-    (attachments / "model" / "deep").mkdir(parents=True, exist_ok=True)
-    (attachments / "run.yaml").write_text("train: {micro_batch_rows: 1}\n")
-    (attachments / "model" / "config.json").write_text("{}")
-    (attachments / "model" / "deep" / "more.txt").write_text("more")
-    return Checkpoints(
-        tmp_path / "checkpoints",
-        identity={**IDENTITY, **identity},
-        attachments={"run.yaml": attachments / "run.yaml", "model": attachments / "model"},
-        retention=Retention(keep_last),
-        stage=2,
-        comms=comms,
-    )
-
-
-def fill(path, live):
-    """Read these fragments from one checkpoint."""
-    Reader(path, read_manifest(path)).fill(live)
-
-
-def newest(run):
-    """The checkpoint that whoever reads a run alone finds."""
-    found = newest_masters(run / "checkpoints", lambda path: fragments(0))
-    return found and found[0]
-
-
-def state(step):
-    return TrainState(step, 8 * step, 100 * step, 10 * step, step, 1.5 * step)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, comms):
-    """Three checkpoints of one run; copied by the tests that damage them."""
-    folder = tmp_path_factory.mktemp("run")
-    made = checkpoints(folder, comms)
-    for step in (1, 2, 3):
-        made.save(lambda step=step: fragments(step), state(step))
-    return folder
-
-
-@pytest.fixture
-def run(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "run", symlinks=True)
-
-
-def folder_of(run, step):
-    return run / "checkpoints" / f"step-{step:08d}"
-
-
-def files_of(path):
-    return sorted(file for file in path.rglob("*") if file.is_file())
+from sft_dist.manifest import newest_masters, read_state, verify
+from tests.unit.saved_runs import (
+    IDENTITY,
+    SHAPES,
+    checkpoints,
+    damage,
+    equal,
+    files_of,
+    fill,
+    folder_of,
+    forge,
+    fragments,
+    newest,
+    resealed,
+    state,
+)
 
 
 def test_a_checkpoint_is_whole_and_holds_safetensors_and_text_alone(saved):
@@ -116,7 +53,7 @@ def test_the_files_are_plain_safetensors_of_masters_and_moments(saved):
 def test_what_is_restored_is_what_was_saved(saved, comms):
     made = checkpoints(saved, comms)
     live = fragments(9)
-    assert made.restore(lambda: live) == (folder_of(saved, 3), state(3))
+    assert made.restore(lambda: live) == (folder_of(saved, 3), state(3), IDENTITY)
     assert made.saved_step == 3
     assert equal(live, fragments(3))
 
@@ -145,14 +82,6 @@ def test_restoring_writes_into_the_live_buffers(saved, comms):
         assert torch.equal(buffer, wanted)
 
 
-def test_masters_fill_a_plain_module(saved):
-    module = torch.nn.Linear(4, 3)
-    fill(folder_of(saved, 2), whole(module))
-    weight, bias = fragments(2)
-    assert torch.equal(module.weight, weight.values["master"].view(3, 4))
-    assert torch.equal(module.bias, bias.values["master"])
-
-
 def test_a_parameter_that_is_not_there_or_of_another_size_is_told(saved):
     module = torch.nn.Linear(4, 3)
     module.more = torch.nn.Parameter(torch.ones(2))
@@ -164,10 +93,6 @@ def test_a_parameter_that_is_not_there_or_of_another_size_is_told(saved):
         CheckpointError, match=r"weight: the model wants 15 elements of master, the checkpoint has 12 elements of"
     ):
         fill(folder_of(saved, 2), whole(torch.nn.Linear(5, 3)))
-
-
-def test_the_newest_whole_checkpoint_is_found(saved):
-    assert newest(saved) == folder_of(saved, 3)
 
 
 def test_no_checkpoints_are_no_error(tmp_path, comms):
@@ -184,64 +109,6 @@ def test_what_is_no_finished_checkpoint_is_not_looked_at(run):
     assert newest(run) == folder_of(run, 3)
 
 
-def test_every_damaged_byte_of_every_file_is_found(run):
-    path = folder_of(run, 2)
-    assert len(files_of(path)) >= 6
-    for file in files_of(path):
-        content = file.read_bytes()
-        places = range(len(content)) if file.suffix != ".safetensors" else range(0, len(content), 37)
-        for place in places:
-            file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-            assert verify(path) is not None, (file, place)
-        file.write_bytes(content)
-        assert verify(path) is None
-
-
-@pytest.mark.parametrize("how", ["cut", "emptied", "longer", "deleted"])
-def test_every_file_that_is_cut_or_gone_is_named(run, how):
-    path = folder_of(run, 2)
-    for file in files_of(path):
-        content = file.read_bytes()
-        if how == "deleted":
-            file.unlink()
-        else:
-            file.write_bytes({"cut": content[:-1], "emptied": b"", "longer": content + b"x"}[how])
-        assert str(file) in verify(path)
-        file.write_bytes(content)
-    assert verify(path) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{}", "manifest.json: KeyError: 'format_version'"),
-        ("[]", "manifest.json: TypeError: "),
-        ('{"files":{},"format_version":99}', "format version 99, this program reads 2"),
-        ("\0", "manifest.json: JSONDecodeError: "),
-        ('{"files":[],"format_version":2}', "manifest.json: KeyError: 'digest'"),
-        (
-            '{"files": {}, "format_version": 2}',
-            "manifest.json: ValueError: its bytes are not the ones that were written",
-        ),
-        ("[" * 100_000, "manifest.json: RecursionError"),
-    ],
-)
-def test_a_manifest_that_is_none_is_told(run, text, message):
-    path = folder_of(run, 2)
-    (path / "manifest.json").write_text(text)
-    assert verify(path).startswith(str(path))
-    assert message in verify(path)
-
-
-def damage(run, step):
-    """Flip a bit of the last moment; returns the file."""
-    (broken,) = folder_of(run, step).glob("*.safetensors")
-    content = bytearray(broken.read_bytes())
-    content[-1] ^= 1
-    broken.write_bytes(content)
-    return broken
-
-
 def test_a_damaged_checkpoint_is_named_and_set_aside_once_an_older_one_was_used(run, comms, caplog):
     broken = damage(run, 3)
     size = broken.stat().st_size
@@ -250,7 +117,7 @@ def test_a_damaged_checkpoint_is_named_and_set_aside_once_an_older_one_was_used(
         assert newest(run) == folder_of(run, 2)
         assert folder_of(run, 3).is_dir()  # who only reads moves nothing
         live = fragments(0)
-        assert checkpoints(run, comms).restore(lambda: live) == (folder_of(run, 2), state(2))
+        assert checkpoints(run, comms).restore(lambda: live) == (folder_of(run, 2), state(2), IDENTITY)
     assert equal(live, fragments(2))
     assert [record.getMessage() for record in caplog.records] == [message] * 2
     assert not folder_of(run, 3).exists()
@@ -273,85 +140,6 @@ def test_falling_past_the_last_checkpoint_is_no_fresh_start(run, comms, caplog):
     assert all(folder_of(run, step).is_dir() for step in (1, 2, 3))  # the next start must not find an empty folder
 
 
-def resealed(path, change):
-    """Rewrite a manifest with a change, its own digest right: what a forger would do."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest.pop("digest")
-    change(manifest)
-    manifest["digest"] = digest_of(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest, separators=(",", ":")))
-
-
-def forge(*keys):
-    """A change that sets the value at `keys[:-1]` to the last one."""
-
-    def change(manifest):
-        place = manifest
-        for key in keys[:-2]:
-            place = place[key]
-        place[keys[-2]] = keys[-1]
-
-    return change
-
-
-SHARD = "shard-00001.safetensors"
-ENTRY = {"bytes": 2, "blocks": ["0" * 32]}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (forge("files", "../outside", ENTRY), "'../outside' is not a file of this folder"),
-        (forge("files", "/etc/passwd", ENTRY), "'/etc/passwd' is not a file of this folder"),
-        (forge("files", "", ENTRY), "'' is not a file of this folder"),
-        (forge("files", "a//b", ENTRY), "'a//b' is not a file of this folder"),
-        (forge("files", SHARD, "bytes", 1 << 60), "bytes in 1 blocks"),
-        (forge("files", SHARD, "bytes", -1), "-1 bytes in 1 blocks"),
-        (forge("files", SHARD, "bytes", "9"), "'9' bytes in 1 blocks"),
-        (forge("block_bytes", 1 << 50), "blocks of 1125899906842624 bytes; this program reads 1048576"),
-        (forge("tensors", "shards", SHARD, "begin", 2), "values begin at 2"),
-        (forge("tensors", "shards", SHARD, "begin", 0), "its runs end at byte"),
-        (forge("tensors", "parameters", 0, ["weight", 1 << 60, ["master"]]), "its runs end at byte"),
-        (forge("tensors", "parameters", 0, ["weight", -1, ["master"]]), "parameter 'weight': -1 elements"),
-        (forge("tensors", "parameters", 0, ["weight", 12, ["other"]]), "parameter 'weight': 12 elements of"),
-        (forge("tensors", "shards", SHARD, "runs", 0, [7, 0, 12]), "run 7, 0, 12"),
-        (forge("tensors", "shards", SHARD, "runs", 0, [0, -1, 12]), "run 0, -1, 12"),
-        (forge("tensors", "shards", SHARD, "runs", 0, [0, 1, 12]), "weight: element 0 is missing or there twice"),
-        (
-            forge("tensors", "parameters", 0, ["weight", 13, ["master", "exp_avg", "exp_avg_sq"]]),
-            "weight: 12 of 13 elements",
-        ),
-        (forge("tensors", "shards", "shard-9", {"begin": 0, "runs": []}), "shard-9: its runs end at byte 0"),
-        (forge("identity", None), "manifest.json: TypeError"),
-    ],
-)
-def test_a_forged_manifest_is_refused_before_its_sizes_are_used(run, change, message):
-    path = folder_of(run, 2)
-    resealed(path, lambda manifest: None)
-    assert verify(path) is None
-    resealed(path, change)
-    assert message in verify(path)
-
-
-def test_a_file_that_is_a_link_out_of_the_folder_is_not_followed(run):
-    state_file = folder_of(run, 2) / "state.json"
-    state_file.rename(run / "elsewhere")
-    state_file.symlink_to(run / "elsewhere")
-    assert verify(folder_of(run, 2)) == f"{state_file}: Too many levels of symbolic links"
-
-
-def test_a_state_of_other_keys_is_told(run):
-    path = folder_of(run, 2)
-    (path / "state.json").write_text('{"steps": 2}')
-
-    def change(manifest):
-        manifest["files"]["state.json"] = {"bytes": 12, "blocks": [digest_of_block(b'{"steps": 2}')]}
-
-    resealed(path, change)
-    with pytest.raises(CheckpointError, match=r"state\.json: TypeError: .*unexpected keyword argument 'steps'"):
-        read_state(path)
-
-
 def test_an_attachment_may_hold_a_file_of_a_name_that_is_taken(tmp_path, comms):
     made = checkpoints(tmp_path, comms)
     (tmp_path / "attachments" / "tokenizer").mkdir()
@@ -361,6 +149,64 @@ def test_an_attachment_may_hold_a_file_of_a_name_that_is_taken(tmp_path, comms):
     path = made.save(lambda: fragments(1), state(1)).path
     names = {file.relative_to(path).as_posix() for file in files_of(path)}
     assert set(json.loads((path / "manifest.json").read_text())["files"]) == names - {"manifest.json"}
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "state.json", "model/config.json"])
+def test_a_small_file_that_is_damaged_is_found_before_the_run_goes_on(run, comms, name):
+    """Resuming reads them too: the run file tells what changed since."""
+    file = folder_of(run, 3) / name
+    file.write_bytes(b"#" + file.read_bytes()[1:])
+    assert checkpoints(run, comms).restore(lambda: fragments(0))[0] == folder_of(run, 2)
+    assert (run / "checkpoints" / "step-00000003.damaged-1").is_dir()
+
+
+@pytest.mark.parametrize("how", ["a later version", "another model"])
+def test_what_is_whole_but_not_for_this_run_is_neither_passed_over_nor_set_aside(run, comms, how):
+    live = fragments(0)
+    if how == "a later version":
+        resealed(folder_of(run, 3), forge("format_version", 3))
+        message = "step-00000003: format version 3, this program reads 2; continue with the version"
+    else:
+        live.append(Fragment("another", 4, 0, {"master": torch.zeros(4)}))
+        message = "step-00000003: another: the model wants 4 elements of master, the checkpoint has nothing"
+    made = checkpoints(run, comms)
+    with pytest.raises(OtherCheckpointError, match=message):
+        made.restore(lambda: live)
+    with pytest.raises(OtherCheckpointError, match=message):
+        newest_masters(run / "checkpoints", lambda path: live)
+    if how == "a later version":
+        with pytest.raises(OtherCheckpointError, match=message):
+            made.check()
+    assert folder_of(run, 3).is_dir()
+
+
+def test_a_layout_that_leaves_elements_out_is_not_published(tmp_path, comms):
+    made = checkpoints(tmp_path, comms)
+    with pytest.raises(ValueError, match="weight: 7 of 12 elements"):
+        made.save(lambda: [Fragment("weight", 12, 0, {"master": torch.zeros(7)})], state(1))
+    assert newest(tmp_path) is None
+
+
+def test_a_last_save_that_fails_twice_is_no_fault_of_the_run(tmp_path, comms, monkeypatch):
+    """So its verdict is not `refused`: a job may be started again."""
+
+    def full(path, *parts):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    made = checkpoints(tmp_path, comms)
+    monkeypatch.setattr(store, "write_large", full)
+    with pytest.raises(
+        UnsavedError, match=r"No space left on device: the checkpoint cannot be written\. Make room"
+    ) as raised:
+        made.save(lambda: fragments(1), state(1))
+    assert (raised.value.verdict, raised.value.exit_code) == ("unsaved", 3)
+
+
+def test_a_hint_that_cannot_be_written_spoils_no_save(tmp_path, comms):
+    made = checkpoints(tmp_path, comms)
+    (made.folder / "latest").mkdir(parents=True)  # a folder of that name is in the way
+    assert made.save(lambda: fragments(1), state(1)).failure is None
+    assert newest(tmp_path) == folder_of(tmp_path, 1)
 
 
 def test_only_the_last_ones_are_kept(tmp_path, comms):
@@ -422,17 +268,28 @@ def test_what_ends_the_writer_otherwise_is_raised_where_somebody_hears(tmp_path,
 def test_going_back_to_a_step_sets_the_newer_ones_aside(run, comms):
     live = fragments(0)
     made = checkpoints(run, comms)
-    assert made.restore(lambda: live, step=2) == (folder_of(run, 2), state(2))
+    assert made.restore(lambda: live, step=2) == (folder_of(run, 2), state(2), IDENTITY)
     assert equal(live, fragments(2))
     assert not folder_of(run, 3).exists()
     assert verify(run / "checkpoints" / "step-00000003.old-1") is None
     assert (run / "checkpoints" / "latest").resolve() == folder_of(run, 2)
-    assert made.restore(lambda: live, step=3) is None
+    for look in (made.check, lambda step: made.restore(lambda: live, step)):
+        with pytest.raises(CheckpointError, match=r"--from 3: no such checkpoint; there are steps 1, 2$"):
+            look(3)
+
+
+def test_only_the_step_that_is_asked_for_has_to_be_of_this_run(run, comms):
+    other = checkpoints(run, comms, seed=1)
+    other.save(lambda: fragments(4), state(4))
+    made = checkpoints(run, comms)
+    with pytest.raises(CheckpointError, match="step-00000004: was made with seed = 1"):
+        made.check()
+    assert made.check(3) is None
 
 
 def test_a_damaged_step_that_is_asked_for_is_an_error(run, comms):
     damage(run, 2)
-    with pytest.raises(CheckpointError, match=r"none of 1 checkpoints is whole \(.*step-00000002/shard-00001"):
+    with pytest.raises(CheckpointError, match=r"step-00000002/shard-00001.*; name another step, or none"):
         checkpoints(run, comms).restore(lambda: fragments(0), step=2)
     assert folder_of(run, 3).is_dir()
 
@@ -443,7 +300,7 @@ def test_what_may_change_on_purpose_is_let_through(run, comms):
         made.check()
     made.allowed = frozenset(["data"])
     assert made.check() is None
-    assert made.restore(lambda: fragments(0)) == (folder_of(run, 3), state(3))
+    assert made.restore(lambda: fragments(0)) == (folder_of(run, 3), state(3), IDENTITY)
 
 
 def test_attachments_travel_with_the_checkpoint(run):

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 from launch import local, train
 from launch.cli import main
 from sft_dist.config import RunConfig, load
-from sft_dist.errors import ConfigError, DataError
+from sft_dist.errors import CheckpointError, ConfigError, DataError
 from sft_dist.limits import SIGNALS, Verdict
 from sft_dist.topology import Life, Topology
 
@@ -307,16 +308,68 @@ def test_a_run_folder_has_one_run_at_a_time(run, tmp_path):
 def test_the_last_word_says_how_to_go_on(run):
     made = plan(run)
     steps = made.steps()
-    folder = made.run_dir
     assert (
-        train._last_word(folder, "completed", steps, steps, "")
+        train._last_word(made, "completed", steps, steps, "")
         == f"completed: {steps} of {steps} steps, in {made.run_dir}"
     )
-    stopped = train._last_word(folder, "stopped", 3, steps, "asked to stop by SIGTERM")
+    stopped = train._last_word(made, "stopped", 3, steps, "asked to stop by SIGTERM")
     assert stopped == (
         f"stopped after step 3 of {steps} (asked to stop by SIGTERM); step 3 is saved. The same command goes on from there"
     )
-    assert "no step was done" in train._last_word(folder, "stopped", 0, steps, "x")
+    assert "no step was done" in train._last_word(made, "stopped", 0, steps, "x")
+    once = dataclasses.replace(made, resume=train.Resume(from_step=100, skip_rows=4, allow=("seed-change",)))
+    assert train._last_word(once, "stopped", 3, steps, "x").endswith(
+        "The same command without --from=100 --skip-rows=4 goes on from there"
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ("--fresh", "--from=3"),
+            "--fresh starts over: there is nothing for --from, --reset-data, --skip-rows or --allow",
+        ),
+        (("--fresh", "--allow=seed-change"), "--fresh starts over"),
+        (("--skip-rows=-5",), "--skip-rows -5: rows of the stream are left out, so it is 1 or more"),
+    ],
+)
+def test_ways_to_go_on_that_contradict_themselves_are_refused_by_a_rank_too(run, environment, capsys, more, message):
+    assert train.main([str(run), *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def state_and_notes(state, **resume):
+    from launch.parts import with_changes
+
+    return with_changes(state, {"seed": 0}, {"seed": 0}, train.Resume(**resume))
+
+
+def test_rows_are_skipped_and_recorded_without_a_checkpoint_too():
+    from sft_dist.state import TrainState
+
+    state, notes = state_and_notes(TrainState(), skip_rows=5)
+    assert (state.rows_consumed, state.skipped) == (5, ((0, 5),))
+    assert notes == ["skipped: rows 0 to 4 of the stream are left out"]
+    with pytest.raises(CheckpointError, match="--reset-data: there is no checkpoint to go on from"):
+        state_and_notes(TrainState(), resets_data=True)
+
+
+def test_with_leave_to_change_the_batch_the_new_one_is_derived(run):
+    """One in samples otherwise keeps the rows of a step that the run began with."""
+    folder = Path(load(run).run_dir) / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"identity": {"global_batch_rows": 7}}')
+    (folder.parent / "step-00000002.old-1").mkdir()
+    (folder.parent / "step-00000002.old-1" / "manifest.json").write_text('{"identity": {"global_batch_rows": 9}}')
+    overrides = ("train.global_batch_rows=null", "train.global_batch_samples=40")
+
+    def rows(**resume):
+        made = train.Plan.of(load(run, overrides), Topology(), LIFE, train.Resume(**resume))
+        return made.batch.global_batch_rows
+
+    assert rows() == rows(from_step=1) == 7
+    assert rows(allow=("batch-change",)) == rows(is_fresh=True) not in (7, 9)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ ROWS = [
     "data.merge",
     "data.build data.loader data.view comms loss metrics attention layout",
     "model engine store foreign",
+    "manifest",
     "checkpoint",
     "evaluate export verify preflight",
     "trainer",

@@ -35,11 +35,21 @@ def test_what_is_kept_and_two_more_must_fit(tmp_path, monkeypatch, free, message
 
 def test_room_that_checkpoints_of_the_run_take_is_theirs(tmp_path, monkeypatch):
     (tmp_path / "step-00000001").mkdir()
-    (tmp_path / "step-00000001" / "shard").write_bytes(b"0" * 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2000))
     assert require_room(tmp_path, Retention(1), 1000) is None
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 1999))
     assert require_room(tmp_path, Retention(1), 1000).startswith("warning: 3 checkpoints")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2000))
+    assert require_room(tmp_path, Retention(1), 1000, is_fresh=True).startswith("warning: 3 checkpoints")
+
+
+def test_what_a_killed_life_left_half_written_does_not_count(tmp_path, monkeypatch):
+    partial = tmp_path / ".step-00000001.partial"
+    partial.mkdir()
+    (partial / "shard").write_bytes(b"0" * 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2000))
+    assert require_room(tmp_path, Retention(1), 1000) is None
+    assert require_room(tmp_path, Retention(1), 1000, is_fresh=True).startswith("warning: 3 checkpoints")
 
 
 def test_no_room_for_a_single_one_is_refused_with_the_numbers(tmp_path, monkeypatch):

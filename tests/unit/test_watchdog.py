@@ -46,14 +46,20 @@ def test_beats_keep_it_quiet_and_an_orderly_end_leaves_nothing(tmp_path):
     assert not (tmp_path / "watch").exists()
 
 
-def test_waiting_for_what_has_a_time_out_of_its_own_is_no_hang(tmp_path):
+def test_waiting_for_a_disk_is_no_hang_until_three_time_outs_have_passed(tmp_path):
     exits = Exits()
     with watching(tmp_path, exits) as watchdog:
-        for _ in range(12):
+        began = time.monotonic()
+        while time.monotonic() - began < 2 * SECONDS:
             watchdog.wait(3, "waits for a save")
             time.sleep(SECONDS / 5)
         assert watchdog._last_beat[:3] == (0, 3, "waits for a save")
-    assert exits.codes == []
+        assert exits.codes == []
+        while not exits.done.wait(SECONDS / 5) and time.monotonic() - began < 60:
+            watchdog.wait(3, "waits for a save")
+    assert exits.codes == [HUNG_EXIT_CODE]
+    assert time.monotonic() - began > 3 * SECONDS
+    assert "in phase waits for a save of step 3" in exits.accounts[0]
 
 
 def test_a_main_thread_that_stands_still_is_named_in_time_with_its_stacks(tmp_path, capfd):
