@@ -10,6 +10,8 @@ import pytest
 from sft_dist.config import load
 from sft_dist.data.build import prepare
 from sft_dist.errors import CheckpointError
+from sft_dist.files import hold
+from tests.e2e.commands import clone, run
 from tests.invariants import runs
 from tests.workers import RankError, run_workers
 
@@ -73,7 +75,7 @@ def test_the_run_goes_on_where_the_other_trainer_was(task, foreign, stage, tmp_p
     straight = (f"run_dir={tmp_path / 'straight'}", *COMMON)
     run_workers(runs.run, 2, task, straight)
     overrides = (f"run_dir={tmp_path / 'run'}", *COMMON)
-    said = run_workers(imported, 1, task, overrides, foreign[stage])[0]
+    said = run(f"sft-dist import {foreign[stage]} {task} {' '.join(overrides)}", clone(tmp_path))
     done = int(json.loads((tmp_path / "run" / "checkpoints" / "latest" / "state.json").read_text())["step"])
     assert done >= HALF
     assert f"imported step {done} of " in said
@@ -105,6 +107,14 @@ def test_what_does_not_fit_is_refused(task, foreign, tmp_path):
     assert "there is step-00000007 already; name another run_dir" in refused(task, foreign[2], run_dir)
     shutil.rmtree(tmp_path / "run")
     assert "not a DeepSpeed checkpoint" in refused(task, tmp_path, run_dir)
+    with hold(tmp_path / "run" / ".lock"):
+        assert "is in use by" in refused(task, foreign[2], run_dir)
+
+
+def test_another_batch_than_there_is_told(task, foreign, tmp_path):
+    overrides = (f"run_dir={tmp_path / 'run'}", *COMMON, "train.global_batch_rows=4")
+    (said,) = run_workers(imported, 1, task, overrides, foreign[2])
+    assert said.endswith("note: a step took 8 rows there and takes 4 here")
 
 
 def frozen(topology, task, tmp_path):

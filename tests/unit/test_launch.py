@@ -339,6 +339,14 @@ def test_ways_to_go_on_that_contradict_themselves_are_refused_by_a_rank_too(run,
     assert message in capsys.readouterr().err
 
 
+def test_fp16_without_a_gpu_is_refused_before_any_group_starts(run, monkeypatch):
+    from launch import parts
+
+    monkeypatch.setattr(parts.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"train\.precision: 'fp16' is not allowed without a GPU"):
+        parts.comms(plan(run, "train.precision=fp16"))
+
+
 def state_and_notes(state, **resume):
     from launch.parts import with_changes
 
