@@ -41,7 +41,7 @@ from tests.invariants import runs
 STEPS, SAVE_EVERY, EVALUATE_EVERY, HANG_SECONDS = 60, 4, 10, 12
 STEADY = (2, 2)
 LAYOUTS = [(1, 0), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (3, 1), (3, 2), (3, 3)]
-ENVELOPE = {"loss": 2e-4, "weights": 2e-3, "logits": 2e-2}  # absolute, over 60 steps at 3e-3: docs/checkpoints.md
+ENVELOPE = {"loss": 1e-5, "weights": 1e-4, "logits": 1e-4}  # absolute, over 60 steps at 3e-3: docs/checkpoints.md
 ALLOWED_CODES = {0, 1, 75, 130, 138, 143, 137, -signal.SIGKILL}  # 137: torchrun was killed
 _FILES = re.compile(
     r"run\.yaml|\.watch/rank-\d{5}\.stacks\.txt|metrics\.jsonl|\.lock|model/.*|tensorboard/.*|verdicts/[^/]+\.json|checkpoints/latest|"
@@ -228,8 +228,8 @@ class Campaign:
     def _look(self, life: Life, watched: Watched) -> None:
         """What must be true after any violence."""
         output = watched.output
-        is_started = bool(output.strip())  # before the launcher listens, a signal just ends it
-        assert life.code in ALLOWED_CODES or (not is_started and life.code < 0), (life.line, output)
+        is_deaf = not output.strip() or "completed: " in output  # before the launcher listens, and while it ends
+        assert life.code in ALLOWED_CODES or (is_deaf and life.code < 0), (life.line, output)
         life.to_step = self.newest()
         assert life.to_step >= life.from_step, (life.line, output)  # what was whole stays
         told = re.search(r"resuming from step (\d+) of|starting at step (0)", output)
