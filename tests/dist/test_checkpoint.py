@@ -42,7 +42,7 @@ def life(topology, folder, precision, stage, start, end, dropout, save_at=(), sc
     )
     state = TrainState()
     if start:
-        _, state = checkpoints.restore(made.fragments)
+        _, state, _ = checkpoints.restore(made.fragments)
         made.restored(state.adam_step, state.loss_scale)
         assert state.step == start
         assert precision != "fp16" or made.loss_scale == (state.loss_scale or made.loss_scale)
