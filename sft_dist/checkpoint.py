@@ -213,7 +213,8 @@ class Checkpoints:
         sync(partial)  # before the manifest exists: it vouches for what is on the disk
         write_manifest(partial, manifest)
         publish(partial, final)  # a folder of that name is the same step, saved by an earlier life and damaged since
-        self.attempt(_point, self.folder / "latest", final.name)
+        if why := self.attempt(_point, self.folder / "latest", final.name)[1]:
+            _log.warning("%s: `latest` still names an older checkpoint; the new one is whole and found without it", why)
 
     def _prune(self, newest: Path) -> None:
         """Remove what the retention does not keep; what has a higher step is damaged, or resume had used it."""

@@ -52,7 +52,8 @@ class Verdict:
 
     `completed`: nothing is left to do; `stopped`: asked to, go on later; `refused`: the configuration, the data or the
     checkpoint is wrong, and starting again will not help; `diverged`: the loss is no longer a number; `hung`: a rank made no
-    progress; `unsaved`: the last steps could not be written, the checkpoints before are whole. No verdict at all means that the life was killed.
+    progress; `unsaved`: the last steps could not be written, the checkpoints before are whole. No verdict at all means that
+    the life was killed.
     """
 
     life: str

@@ -30,6 +30,7 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def none_is_whole(folder: Path, damage: list[tuple[Path, str]], *, is_one_of_many: bool = False) -> CheckpointError:
+    """The error of falling past the last checkpoint; `is_one_of_many`: only one was asked for, and there are others."""
     if is_one_of_many:
         return CheckpointError(f"{damage[0][1]}; name another step, or none: then the newest whole one is used")
     return CheckpointError(

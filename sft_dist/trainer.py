@@ -117,14 +117,9 @@ def train(
             reason = "stopped"
             break
         loss = comms.sum_tensor(applied.loss_sum.cpu()).item() / max(1, targets)
-        is_number = math.isfinite(loss) and (math.isfinite(applied.grad_norm) or not applied.is_applied)
-        if not is_number:
+        if not _is_number(loss, applied):
             checkpoints.finish(waiting)
-            raise DivergedError(
-                f"step {state.step + 1}: loss {loss}, gradient norm {applied.grad_norm} (rows "
-                f"{state.rows_consumed} to {state.rows_consumed + step.num_rows - 1} of the stream). "
-                "The last checkpoint is untouched; lower train.learning_rate or look at those rows"
-            )
+            raise _diverged(state, step.num_rows, loss, applied)
 
         # account
         fed = Ledger(*comms.sum(applied.fed.tolist()))
@@ -140,13 +135,10 @@ def train(
             gpu_seconds=seconds * comms.topology.world_size,
         )
         if _is_due(state.step, cadence.log_steps):
-            values = {"loss": loss, "learning_rate": rate}
-            values |= {"grad_norm": applied.grad_norm} if applied.is_applied else {}
-            values |= {"loss_scale": engine.loss_scale["cur_scale"]} if engine.loss_scale else {}
             speed = {"target_tokens_per_second": targets / seconds, "tokens_per_second": tokens / seconds}
-            memory = {"memory_bytes": peak_memory_bytes(engine.peak_device_bytes)}
             of_sets = _by_set(applied, comms, epochs_of_sets(state.rows_consumed)) if epochs_of_sets is not None else {}
-            metrics.scalars(state.step, {**values, **speed, "step_seconds": seconds, **memory, **of_sets})
+            values = {"loss": loss, "learning_rate": rate, **_of_engine(engine, applied), **speed}
+            metrics.scalars(state.step, {**values, "step_seconds": seconds, **of_sets})
 
         # keep
         if _is_due(state.step, cadence.evaluate_steps) and state.step < cadence.last_step:
@@ -171,6 +163,26 @@ def train(
     if state.step > checkpoints.saved_step:
         _report(checkpoints.save(engine.fragments, state, waiting), metrics)
     return reason, state
+
+
+def _is_number(loss: float, applied: Applied) -> bool:
+    """Whether the step can be kept; the norm of an fp16 step that was skipped need not be one."""
+    return math.isfinite(loss) and (math.isfinite(applied.grad_norm) or not applied.is_applied)
+
+
+def _diverged(state: TrainState, num_rows: int, loss: float, applied: Applied) -> DivergedError:
+    return DivergedError(
+        f"step {state.step + 1}: loss {loss}, gradient norm {applied.grad_norm} (rows "
+        f"{state.rows_consumed} to {state.rows_consumed + num_rows - 1} of the stream). "
+        "The last checkpoint is untouched; lower train.learning_rate or look at those rows"
+    )
+
+
+def _of_engine(engine: Engine, applied: Applied) -> dict[str, float]:
+    """What the engine knows of the step that it applied, or skipped."""
+    values: dict[str, float] = {"memory_bytes": peak_memory_bytes(engine.peak_device_bytes)}
+    values |= {"grad_norm": applied.grad_norm} if applied.is_applied else {}
+    return values | ({"loss_scale": engine.loss_scale["cur_scale"]} if engine.loss_scale else {})
 
 
 def _report(saved: Saved | None, metrics: Metrics) -> None:

@@ -202,10 +202,11 @@ def test_a_last_save_that_fails_twice_is_no_fault_of_the_run(tmp_path, comms, mo
     assert (raised.value.verdict, raised.value.exit_code) == ("unsaved", 3)
 
 
-def test_a_hint_that_cannot_be_written_spoils_no_save(tmp_path, comms):
+def test_a_hint_that_cannot_be_written_spoils_no_save_and_is_told(tmp_path, comms, caplog):
     made = checkpoints(tmp_path, comms)
     (made.folder / "latest").mkdir(parents=True)  # a folder of that name is in the way
     assert made.save(lambda: fragments(1), state(1)).failure is None
+    assert "`latest` still names an older checkpoint" in caplog.text
     assert newest(tmp_path) == folder_of(tmp_path, 1)
 
 
