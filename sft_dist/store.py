@@ -67,13 +67,12 @@ class Snapshot:
         """Copy the live values; when this returns they may change."""
         mine = [self._mine(fragment) for fragment in fragments]
         self._lay_out(mine)
-        begin, on_gpu = 0, False
-        for fragment in mine:
-            for values in fragment.values.values():
-                end = begin + values.numel()
-                self.buffer[begin:end].copy_(values, non_blocking=True)
-                begin, on_gpu = end, on_gpu or values.is_cuda
-        if on_gpu:
+        live = [values for fragment in mine for values in fragment.values.values()]
+        if not live:
+            return
+        # in one call: one by one, a thousand small copies in Python cost a twentieth of the time
+        torch._foreach_copy_(list(self.buffer.split([values.numel() for values in live])), live, non_blocking=True)
+        if any(values.is_cuda for values in live):
             torch.cuda.synchronize()
 
     def write_sample(self, path: Path) -> int:
