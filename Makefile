@@ -6,21 +6,25 @@ BIN := $(VENV)/bin
 RUN := examples/sms-spam/run.yaml
 OUT := runs/sms-spam
 
-.PHONY: quickstart test install lint unit dist chaos-slice chaos e2e clean
+.PHONY: quickstart test install lint unit dist slurm chaos-slice chaos e2e clean
 
 quickstart: install  ## The whole line on real data: prepare, train on 2 processes, evaluate, export, reload
 	@PATH="$(abspath $(BIN)):$$PATH" bash examples/sms-spam/quickstart.sh $(RUN) $(OUT)
 
-test: install lint unit dist chaos-slice e2e  ## Everything that must pass, in about 25 minutes on 2 cores
+test: install lint unit dist slurm chaos-slice e2e  ## Everything that must pass, in about 30 minutes on 2 cores
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/shellcheck slurm/*.sbatch .ci/run examples/*/*.sh
 
 unit: install  ## Seconds: every module, every error
 	$(BIN)/python -m pytest tests/unit sft_dist launch
 
 dist: install  ## Real ranks on gloo: exactness, elasticity, whole runs that must be equal
 	$(BIN)/python -m pytest tests/dist tests/invariants
+
+slurm: install  ## slurm/train.sbatch on a real cluster of this machine; skipped, with the line that mends it, where SLURM is not installed
+	$(BIN)/python -m pytest tests/slurm -rs
 
 chaos-slice: install  ## Signals, kills, damage and power loss against real runs: a slice of `make chaos`
 	$(BIN)/python -m pytest tests/chaos

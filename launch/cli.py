@@ -144,6 +144,78 @@ def train(
 
 
 @main.command()
+@click.argument("arguments", metavar="[prepare] RUN.yaml [KEY=VALUE]... [-- SBATCH_OPTIONS]", nargs=-1, required=True)
+@click.option(
+    "--nodes", default="1", show_default=True, metavar="N|MIN-MAX", help="A range: whatever there is, life by life."
+)
+@click.option(
+    "--gpus-per-node",
+    type=click.IntRange(min=0),
+    default=8,
+    show_default=True,
+    help="Ranks of a node; 0: one, on its CPUs.",
+)
+@click.option("--cpus-per-gpu", type=click.IntRange(min=1), default=4, show_default=True, help="Cores of a rank.")
+@click.option("--time", "limit", metavar="[D-]H:MM:SS", help="Time limit of a life; the ranks save and leave in time.")
+@click.option("--partition", help="Where to queue.")
+@click.option("--account", help="Who pays.")
+@click.option(
+    "--requeue/--no-requeue",
+    default=True,
+    show_default=True,
+    help="Whether the job comes back after it was interrupted.",
+)
+@click.option(
+    "--chain", type=click.IntRange(min=2), metavar="N", help="N jobs one after another, where requeueing is forbidden."
+)
+@click.option(
+    "--launcher",
+    type=click.Choice(["torchrun", "srun"]),
+    default="torchrun",
+    show_default=True,
+    help="One task a node that starts its ranks, or one task a rank.",
+)
+@click.option("--stage", metavar="FOLDER", help="Copy the shards to this folder of each node's own disk first.")
+@click.option("--stage-environment", is_flag=True, help="Of --stage: the Python environment too.")
+@click.option("--tasks", type=click.IntRange(min=1), metavar="N", help="Of `submit prepare`: parts of the job array.")
+@click.option("--dry-run", is_flag=True, help="Check everything, show the script and the command, submit nothing.")
+def submit(arguments: tuple[str, ...], **options: Any) -> None:
+    """Queue a training (or, as `submit prepare`, a preparation) on a SLURM cluster, after checking all that can be checked."""
+    from launch import submit as submission
+
+    submission.run(arguments, submission.Options(**options), click.echo)
+
+
+@main.command()
+@click.argument("run_dir", metavar="[RUN_DIR]", required=False)
+@click.option("--follow", is_flag=True, help="Again every few seconds, until nothing of it waits or runs.")
+def status(run_dir: str | None, follow: bool) -> None:
+    """What a run is doing: queue, lives, step, speed, what is left, the last checkpoint. Without RUN_DIR: all runs below here."""
+    import time
+
+    from launch import status as looking
+
+    runs = [Path(run_dir)] if run_dir else looking.runs_below(Path())
+    while True:
+        told = [looking.describe(run) for run in runs]
+        click.echo("\n\n".join(text for text, _ in told))
+        if not follow or all(is_over for _, is_over in told):
+            break
+        time.sleep(5)
+        click.echo()
+
+
+@main.command()
+@click.argument("run_dir", metavar="RUN_DIR")
+@click.option("--now", "at_once", is_flag=True, help="Do not wait for a checkpoint: the newest one stays.")
+def stop(run_dir: str, at_once: bool) -> None:
+    """Save a run and end it, wherever it runs, so that it does not come back by itself."""
+    from launch import slurm
+
+    click.echo(slurm.stop(Path(run_dir), at_once=at_once))
+
+
+@main.command()
 @click.argument("run_dir", metavar="RUN_DIR")
 def verify(run_dir: str) -> None:
     """Prove what a run consumed: ledger, epochs, checkpoints, export; prints a certificate."""

@@ -7,18 +7,20 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import transformers
 import yaml
 
+from sft_dist import health
 from sft_dist.attention import prove_isolation as _prove
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
@@ -29,17 +31,18 @@ from sft_dist.data.mixture import Joined
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.data.work import template_for
 from sft_dist.engine import Engine
-from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.errors import CheckpointError, ConfigError, DataError, HealthError
 from sft_dist.evaluate import Evaluator, LabelTask, Sampling, open_shards, prompts
 from sft_dist.files import first_free
 from sft_dist.identity import ALLOWANCES, STREAM, changes
 from sft_dist.ledger import Ledger
 from sft_dist.limits import Verdict
-from sft_dist.metrics import Console, JsonLines, Metrics, TensorBoard
+from sft_dist.metrics import Console, JsonLines, Metrics, TensorBoard, read_lines
 from sft_dist.model import build, has_dropout, model_config
 from sft_dist.retention import Retention
 from sft_dist.schedule import learning_rate
 from sft_dist.state import Past, TrainState
+from sft_dist.topology import node_name
 from sft_dist.trainer import Cadence
 from sft_dist.watchdog import HUNG_EXIT_CODE, Watchdog
 
@@ -54,15 +57,14 @@ transformers.logging.disable_progress_bar()
 WATCH = ".watch"  # of a run folder: heartbeats while it runs, and the stacks of a hang
 
 
-def model(plan: Plan) -> tuple[Any, Any]:
-    """The model on the CPU and its configuration; the same on every rank."""
+def model(plan: Plan, *, with_weights: bool = True) -> tuple[Any, Any]:
+    """The model on the CPU and its configuration; the same on every rank. Without weights it is as from scratch."""
     manifest, config = plan.shards.manifest, plan.config
     made = model_config(
         config.model, vocab_size=manifest.vocab_size, seq_len=plan.shards.seq_len, eos_id=manifest.eos_id
     )
-    built = build(
-        config.model, made, seed=config.train.seed, gradient_checkpointing=config.train.gradient_checkpointing
-    )
+    wanted = config.model if with_weights else config.model.model_copy(update={"init": "scratch"})
+    built = build(wanted, made, seed=config.train.seed, gradient_checkpointing=config.train.gradient_checkpointing)
     return built, made
 
 
@@ -90,8 +92,20 @@ def comms(plan: Plan) -> tuple[Comms, torch.device]:
     """The process group, on this rank's GPU where there are GPUs."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        if plan.topology.local_rank >= torch.cuda.device_count():  # before the others wait for it in vain
+            raise HealthError(
+                f"node {node_name()}: {torch.cuda.device_count()} GPUs can be used, and rank {plan.topology.rank} wants one "
+                f"more; have it looked at, or start fewer ranks a node",
+                (node_name(),),
+            )
         device = torch.device("cuda", plan.topology.local_rank)
         torch.cuda.set_device(device)
+    elif torch.version.cuda and os.environ.get("SLURM_GPUS_ON_NODE") and not os.environ.get("SFT_DIST_ON_CPU"):
+        raise HealthError(
+            f"node {node_name()}: SLURM gave it {os.environ['SLURM_GPUS_ON_NODE']} GPUs, and none can be used; have its driver "
+            "looked at, or set SFT_DIST_ON_CPU=1 to train on CPUs",
+            (node_name(),),
+        )
     elif plan.config.train.precision == "fp16":
         raise ConfigError(
             "train.precision: 'fp16' is not allowed without a GPU: DeepSpeed has it on GPUs only. Use bf16 or fp32"
@@ -126,6 +140,17 @@ def checkpoints(plan: Plan, identity: dict[str, Any]) -> Checkpoints:
     return made
 
 
+def examine(plan: Plan, comms: Comms) -> tuple[list[str], list[str]]:
+    """(the node of each rank, lines to say): are the machines fit, and alike? Raises HealthError."""
+    fingerprint = plan.shards.manifest.data
+    try:
+        plan.shards.rows(np.array([0, plan.shards.num_rows - 1]))
+    except DataError as error:
+        fingerprint = f"unreadable ones ({error})"
+    mine = health.facts(comms.device, fingerprint)
+    return comms.gather(mine.node), health.examine(comms, mine)
+
+
 def write_run_files(plan: Plan, made: Any) -> None:
     """`run.yaml` as resolved, and the model's configuration."""
     plan.run_dir.mkdir(parents=True, exist_ok=True)
@@ -137,7 +162,7 @@ def write_run_files(plan: Plan, made: Any) -> None:
 
 def engine(plan: Plan, model: Any, device: torch.device) -> Engine:
     """The model under ZeRO."""
-    return Engine(model, plan.zero, plan.config.train, plan.batch, plan.topology, device, len(plan.config.shards_dirs))
+    return Engine(model, plan.zero, plan.config.train, plan.batch, plan.topology, device, len(plan.shards_dirs))
 
 
 def prove_isolation(plan: Plan, engine: Engine, made: Any) -> float:
@@ -223,8 +248,7 @@ def schedule(plan: Plan, total_steps: int) -> Callable[[int], float]:
 def evaluator(plan: Plan, comms: Comms) -> Evaluator:
     """What is measured on the held-out data."""
     tokenizer = Tokenizer.load(str(plan.shards_dir / "tokenizer"))
-    folders = [Path(folder) for folder in plan.config.shards_dirs]
-    sets = [shards for folder in folders if (shards := open_shards(folder, "validation"))]
+    sets = [shards for folder in plan.shards_dirs if (shards := open_shards(folder, "validation"))]
     micro, device = plan.config.train.micro_batch_rows, comms.device
     validation = (
         Loader(Joined(sets), plan.topology, micro_batch_rows=micro, shuffle=False, device=device) if sets else None
@@ -261,6 +285,13 @@ def metrics(plan: Plan, state: TrainState, total_steps: int) -> tuple[Metrics, C
     return Metrics(sinks), console.say
 
 
+def has_measured(plan: Plan, state: TrainState, comms: Comms) -> bool:
+    """Whether the metrics hold what is measured at the end, for the step of `state`; every rank calls it."""
+    last = "samples" if plan.config.evaluate.samples else "validation_loss"
+    lines = read_lines(plan.run_dir / "metrics.jsonl") if plan.topology.is_main else []
+    return comms.broadcast(any(line["step"] == state.step and last in line for line in lines))
+
+
 def cadence(plan: Plan, total_steps: int) -> Cadence:
     """Every how many steps something happens."""
     config = plan.config
@@ -275,7 +306,9 @@ def watchdog(plan: Plan) -> Watchdog | None:
         return None
 
     def on_hang(account: str) -> None:
-        Verdict(plan.life.name, "hung", made.step, account, HUNG_EXIT_CODE).write(plan.run_dir / "verdicts")
+        host = re.match(r"rank \d+ on host (\S+) hangs:", account)  # not one of several that are as far behind
+        made_of = (plan.life.name, "hung", made.step, account, HUNG_EXIT_CODE, host[1] if host else "")
+        Verdict(*made_of).write(plan.run_dir / "verdicts")
 
     folder, seconds = plan.run_dir / WATCH, plan.config.train.hang_seconds
     made = Watchdog(folder, plan.topology, seconds, on_hang, life=plan.life.name).start()

@@ -22,17 +22,18 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):  # started by path from a clone
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from launch.stage import copy_of
 from sft_dist import watchdog
 from sft_dist.config import Batch, RunConfig, derive_batch, load, num_steps, total_rows, zero_config, zero_stage
 from sft_dist.data.mixture import Joined, Mixture
 from sft_dist.data.order import Blocks, row_numbers
 from sft_dist.data.shards import Shards
-from sft_dist.errors import ConfigError, SftDistError
+from sft_dist.errors import BusyError, ConfigError, DataError, HealthError, SftDistError
 from sft_dist.files import Hold, hold
 from sft_dist.identity import ALLOWANCES
 from sft_dist.limits import StopRequest, Verdict
 from sft_dist.retention import list_folders, step_of
-from sft_dist.topology import Life, Topology
+from sft_dist.topology import Life, Topology, node_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,19 +58,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # the deepspeed launcher passes it; the environment has it too
     options = parser.parse_intermixed_args(arguments)
 
-    life = Life.from_environment()
-    stop = StopRequest(life.stop_file)
-    stop.install()  # before torch is imported: a signal during start-up must not kill
-    topology, config = Topology(), None
+    topology, config, life = Topology(), None, Life("unknown")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
+        life = Life.from_environment()
+        stop = StopRequest(life.stop_file, life.end_time, life.grace_seconds)
+        stop.install()  # before torch is imported: a signal during start-up must not kill
         topology = Topology.from_environment()
         config = load(options.run_file, options.overrides)
         resume = Resume(options.fresh, options.from_step, options.reset_data, options.skip_rows, tuple(options.allow))
-        return run_plan(Plan.of(config, topology, life, resume), stop)
+        return run_plan(_plan_of_rank(config, topology, life, resume), stop)
     except SftDistError as error:
         _tell(error, topology, Path(config.run_dir) / "verdicts" if config is not None else None, life)
         return error.exit_code
+
+
+def _plan_of_rank(config: RunConfig, topology: Topology, life: Life, resume: Resume) -> Plan:
+    """As `Plan.of`; where the batch script has found the run right, what is wrong here is the node. Raises HealthError too."""
+    stage = os.environ.get("SFT_DIST_STAGE")
+    try:
+        return Plan.of(config, topology, life, resume, Path(stage) if stage else None)
+    except (ConfigError, DataError) as error:
+        if "SFT_DIST_CHECKED" not in os.environ:
+            raise
+        raise HealthError(f"node {node_name()}: {error} (on the first node it was right)", (node_name(),)) from None
 
 
 def _tell(error: SftDistError, topology: Topology, verdicts: Path | None, life: Life) -> None:
@@ -80,7 +92,8 @@ def _tell(error: SftDistError, topology: Topology, verdicts: Path | None, life: 
     if topology.local_rank == 0 or (verdicts is not None and not has_verdict):
         print(f"sft-dist: {error}", file=sys.stderr, flush=True)
     if verdicts is not None and not has_verdict:
-        Verdict(life.name, error.verdict, -1, str(error), error.exit_code).write(verdicts)
+        bad_nodes = ",".join(error.nodes) if isinstance(error, HealthError) else ""
+        Verdict(life.name, error.verdict, -1, str(error), error.exit_code, bad_nodes).write(verdicts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +139,7 @@ class Plan:
     life: Life
     resume: Resume
     run_dir: Path
-    shards_dir: Path
+    shards_dirs: tuple[Path, ...]  # where they are read from: a node's own copies, where there are some
     shards: Shards | Joined
     mixture: Mixture | None
     zero: dict[str, Any]
@@ -134,17 +147,24 @@ class Plan:
     rows: int
 
     @classmethod
-    def of(cls, config: RunConfig, topology: Topology, life: Life, resume: Resume = AS_IT_IS) -> Plan:
-        """Open the shards and do the arithmetic; raises ConfigError or DataError."""
-        run_dir, shards_dir = Path(config.run_dir), Path(config.shards_dirs[0])
-        shards, mixture = rows_of(config)
+    def of(
+        cls, config: RunConfig, topology: Topology, life: Life, resume: Resume = AS_IT_IS, stage: Path | None = None
+    ) -> Plan:
+        """Open the shards, or their copies under `stage`, and do the arithmetic; raises ConfigError or DataError."""
+        run_dir, folders = Path(config.run_dir), tuple(copy_of(Path(folder), stage) for folder in config.shards_dirs)
+        shards, mixture = rows_of(config, folders)
         is_same_batch = not resume.is_fresh and "batch-change" not in resume.allow
         saved = _saved_identity(run_dir / "checkpoints", resume.from_step) if is_same_batch else {}
         documents_per_row = (mixture or shards.manifest).documents_per_row
         batch = derive_batch(config.train, topology.world_size, documents_per_row, saved.get("global_batch_rows"))
         rows = total_rows(config.train, batch, shards.num_rows)
         zero = zero_config(config.zero)
-        return cls(config, topology, life, resume, run_dir, shards_dir, shards, mixture, zero, batch, rows)
+        return cls(config, topology, life, resume, run_dir, folders, shards, mixture, zero, batch, rows)
+
+    @property
+    def shards_dir(self) -> Path:
+        """The first of them, whose tokenizer and template are the run's."""
+        return self.shards_dirs[0]
 
     @property
     def order(self) -> Callable[[np.ndarray], np.ndarray]:
@@ -192,9 +212,9 @@ def order_of(config: RunConfig, shards: Shards | Joined, mixture: Mixture | None
     return mixture.rows if mixture else in_epochs
 
 
-def rows_of(config: RunConfig) -> tuple[Shards | Joined, Mixture | None]:
-    """The training rows of a run, and of a mixture how they are drawn."""
-    sets = [Shards.open(Path(folder) / "train") for folder in config.shards_dirs]
+def rows_of(config: RunConfig, folders: Sequence[Path] | None = None) -> tuple[Shards | Joined, Mixture | None]:
+    """The training rows of a run, read from its shards or from these copies, and of a mixture how they are drawn."""
+    sets = [Shards.open(Path(folder) / "train") for folder in folders or config.shards_dirs]
     if config.prepare is not None:
         return sets[0], None
     joined = Joined(sets)
@@ -274,12 +294,16 @@ def _train(
     """From a model to its last step; returns why it ended, the state that is saved by then, and the steps of the run."""
     from launch import parts
     from sft_dist.preflight import rehearse
+    from sft_dist.stragglers import Stragglers
     from sft_dist.trainer import train
 
     def beat(phase: str) -> None:
         if watching is not None:
             watching.beat(0, phase)
 
+    beat("examine the machines")
+    nodes, healthy = parts.examine(plan, checkpoints.comms)
+    beat("build the engine")
     count = parts.count(model)
     engine = parts.engine(plan, model, device)
     beat("prove isolation")
@@ -295,8 +319,13 @@ def _train(
     say(
         f"a checkpoint: {size / 1e6:,.1f} MB, {size / speed:,.2f} s at the {speed / 1e9:.2f} GB/s of {checkpoints.folder}"
     )
-    if room:
-        say(room)
+    for line in [*healthy, *([room] if room else [])]:
+        say(line)
+    stop.save_seconds = size / speed
+    if plan.life.end_time is not None:
+        say(
+            f"time: this life ends at {time.strftime('%F %T', time.localtime(plan.life.end_time))}; it saves and leaves before"
+        )
     beat("start-up")
     try:
         reason, state = train(
@@ -311,6 +340,8 @@ def _train(
             stop=stop,
             cadence=parts.cadence(plan, total),
             watchdog=watching,
+            is_measured=state.step < total or parts.has_measured(plan, state, checkpoints.comms),
+            stragglers=Stragglers(nodes) if len(nodes) > 1 else None,
             epochs_of_sets=plan.mixture.epochs if plan.mixture and len(plan.mixture.names) > 1 else None,
         )
     finally:
@@ -328,11 +359,11 @@ def _last_word(plan: Plan, reason: str, step: int, total: int, detail: str) -> s
 
 
 def lock(run_dir: Path) -> Hold:
-    """Hold the run folder until what is returned is closed. Raises ConfigError when it is held."""
+    """Hold the run folder until what is returned is closed. Raises BusyError when it is held."""
     try:
         return hold(run_dir / ".lock")
     except BlockingIOError as error:
-        raise ConfigError(
+        raise BusyError(
             f"run_dir: {run_dir} is in use by {error}; wait for it, stop it, or choose another run_dir"
         ) from None
 

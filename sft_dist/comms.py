@@ -45,6 +45,11 @@ class Comms:
         dist.all_reduce(tensor, group=self.control)
         return tensor
 
+    def sum_on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks of a tensor of their device, in place, over the way that gradients take."""
+        dist.all_reduce(tensor)
+        return tensor
+
     def agree(self, is_wanted: bool) -> bool:
         """Whether any rank wants it: a wish becomes an act only after all ranks know of it."""
         return self.sum([int(is_wanted)])[0] > 0

@@ -19,6 +19,7 @@ from sft_dist import layout, ledger
 from sft_dist.attention import packed_logits
 from sft_dist.config import Batch, TrainConfig, zero_stage
 from sft_dist.loss import sums_by_set, target_log_probs
+from sft_dist.stragglers import Stopwatch
 from sft_dist.topology import Topology
 
 
@@ -28,7 +29,7 @@ class Applied:
 
     `is_applied`: False where fp16's loss scaler found an overflow and left the weights alone (the norm is then infinite).
 
-    `fed`: int64 [3] on the device, this rank's part of the ledger: its rows, and the two sums of their hashes. `set_sums`: fp64 [2, sets] on the device, this rank's summed loss and number of targets of each set of a mixture.
+    `fed`: int64 [3] on the device, this rank's part of the ledger: its rows, and the two sums of their hashes. `set_sums`: fp64 [2, sets] on the device, this rank's summed loss and number of targets of each set of a mixture. `own_seconds`: in its forward passes, where ranks wait for one another at stage 3 only.
     """
 
     loss_sum: torch.Tensor
@@ -36,6 +37,7 @@ class Applied:
     fed: torch.Tensor
     is_applied: bool = True
     set_sums: torch.Tensor | None = None
+    own_seconds: float = 0.0
 
 
 _SCALER = (
@@ -104,6 +106,7 @@ class Engine:
             eps=config.epsilon,
         )
         self._ledger_keys: torch.Tensor | None = None
+        self._forward = Stopwatch(device)
         self.deepspeed = _initialize(model, self.adam, deepspeed_config(zero, config, batch))
 
     def learn(
@@ -124,7 +127,8 @@ class Engine:
                 return None
             self._seed(micro_batch.first_ordinal)
             self.deepspeed.set_gradient_accumulation_boundary(is_last)
-            loss = self._loss_sum(micro_batch, fed, set_sums)
+            with self._forward:
+                loss = self._loss_sum(micro_batch, fed, set_sums)
             # DeepSpeed averages over the ranks; a global sum over a global count wants the sum: times the world.
             self.deepspeed.backward(loss / denominator * self.topology.world_size, scale_wrt_gas=False)
             loss_sum += loss.detach()
@@ -135,7 +139,7 @@ class Engine:
         is_applied = self.config.precision != "fp16" or self.deepspeed.was_step_applied()
         if grad_norm is None:
             grad_norm = float(self.deepspeed.get_global_grad_norm()) if is_applied else math.inf
-        return Applied(loss_sum, grad_norm, fed, is_applied, set_sums)
+        return Applied(loss_sum, grad_norm, fed, is_applied, set_sums, self._forward.take())
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,12 @@ class ConfigError(SftDistError):
     exit_code = 2
 
 
+class BusyError(ConfigError):
+    """The run folder is in use by another process, maybe one of this run's own that outlived its machine's daemon."""
+
+    verdict = "busy"
+
+
 class DataError(SftDistError):
     """Records, shards or a tokenizer cannot be used as they are."""
 
@@ -39,6 +45,20 @@ class CheckpointError(SftDistError):
 
 class OtherCheckpointError(CheckpointError):
     """A checkpoint is whole, and yet not for this program or this model: an older one would not help."""
+
+
+class HealthError(SftDistError):
+    """A machine of the run is not fit for it, or not like the others: without it the run may go on.
+
+    `nodes` are to be left out of the next life, by name; none where it is not clear which of them is wrong.
+    """
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h, as after a hang
+    verdict = "unhealthy"
+
+    def __init__(self, text: str, nodes: tuple[str, ...] = ()) -> None:
+        super().__init__(text)
+        self.nodes = nodes
 
 
 class UnsavedError(CheckpointError):

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from sft_dist.files import publish
 
-Reason = Literal["completed", "stopped", "refused", "diverged", "hung", "unsaved"]
+Reason = Literal["completed", "stopped", "refused", "busy", "diverged", "hung", "unhealthy", "unsaved"]
+MARGIN_SECONDS = 15.0  # processes end, and clocks of machines differ a little
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """The wish of this process to stop: raised by a signal or by the appearance of a file, acted on by nobody alone.
+    """The wish of this process to stop: raised by a signal, by a file that appears, or by the time; acted on by nobody alone.
+
+    The time: where the job ends at `end_time` (seconds of the clock), it leaves room for two saves of `save_seconds`, for
+    what can pass until the wish is asked for again, by the longest that has passed so far, and for `MARGIN_SECONDS`.
+    After a preemption it has `grace_seconds`, and no say in it: `grace_warning` tells when they are too few.
 
     >>> stop = StopRequest()
     >>> stop.is_wanted()
@@ -26,9 +32,14 @@ class StopRequest:
     (True, 'SIGTERM')
     """
 
-    def __init__(self, stop_file: Path | None = None) -> None:
+    def __init__(
+        self, stop_file: Path | None = None, end_time: float | None = None, grace_seconds: float | None = None
+    ) -> None:
         self.cause: str | None = None
-        self._stop_file = stop_file
+        self.save_seconds = 0.0  # the longest that a save has taken
+        self._stop_file, self._end_time, self._grace_seconds = stop_file, end_time, grace_seconds
+        self._asked_at: float | None = None
+        self._longest = 0.0
 
     def install(self) -> None:
         """Let SIGTERM, SIGINT and SIGUSR1 set the flag, and nothing else, ever."""
@@ -40,10 +51,36 @@ class StopRequest:
         self.cause = signal.Signals(number).name
 
     def is_wanted(self) -> bool:
-        """Whether this process was asked to stop."""
+        """Whether this process was asked to stop, or its time is over."""
+        asked_at, self._asked_at = self._asked_at, time.monotonic()
+        self._longest = max(self._longest, self._asked_at - (asked_at or self._asked_at))
+        if self.cause is None and self._end_time is not None and time.time() + self.needed_seconds > self._end_time:
+            self.cause = f"the end of its time in {self._end_time - time.time():.0f} s"
         if self.cause is None and self._stop_file is not None and self._stop_file.exists():
             self.cause = self._stop_file.read_text().strip() or "stop file"
         return self.cause is not None
+
+    @property
+    def leaving_seconds(self) -> float:
+        """What may pass between the wish and the last byte that is saved; a save may be on its way already."""
+        return self._longest + 2 * self.save_seconds
+
+    @property
+    def needed_seconds(self) -> float:
+        """What has to be left of the time to stop with everything saved."""
+        return MARGIN_SECONDS + self.leaving_seconds
+
+    def grace_warning(self) -> str | None:
+        """What to tell, once, when a preemption may leave less time than it takes to leave."""
+        grace = self._grace_seconds
+        if grace is None or self.leaving_seconds <= grace:
+            return None
+        self._grace_seconds = None
+        return (
+            f"warning: {grace:.0f} s lie between a preemption and the end, and to leave with all saved may take "
+            f"{self.leaving_seconds:.0f} s: then the checkpoint before counts. Lower checkpoint.every_steps, or use a partition "
+            "with a longer GraceTime"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +88,9 @@ class Verdict:
     """How a life ended, for whoever decides what comes next: exit codes alone cannot carry it through torchrun.
 
     `completed`: nothing is left to do; `stopped`: asked to, go on later; `refused`: the configuration, the data or the
-    checkpoint is wrong, and starting again will not help; `diverged`: the loss is no longer a number; `hung`: a rank made no
-    progress; `unsaved`: the last steps could not be written, the checkpoints before are whole. No verdict at all means that
-    the life was killed.
+    checkpoint is wrong, and starting again will not help; `busy`: another process is in the run folder; `diverged`: the loss is no longer a number; `hung`: a rank made no
+    progress; `unhealthy`: a machine is not fit; `unsaved`: the last steps could not be written, the checkpoints before are
+    whole. No verdict at all means that the life was killed.
     """
 
     life: str
@@ -61,6 +98,7 @@ class Verdict:
     step: int
     detail: str
     exit_code: int = 0  # what a launcher should end with; torchrun turns every failure into 1
+    bad_nodes: str = ""  # what the next life should avoid, as SLURM's ExcNodeList has it: n1,n2
 
     def write(self, folder: Path) -> Path:
         """Publish as `folder/<life>.json`, whole or not at all."""

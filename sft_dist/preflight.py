@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 from sft_dist.checkpoint import Checkpoints, Fragments, cannot_be_written, leftovers
-from sft_dist.errors import CheckpointError
+from sft_dist.errors import CheckpointError, HealthError
 from sft_dist.retention import Retention, list_folders
+from sft_dist.topology import node_name
 
 
 def require_room(folder: Path, retention: Retention, num_bytes: int, *, is_fresh: bool = False) -> str | None:
@@ -49,6 +50,10 @@ def rehearse(checkpoints: Checkpoints, fragments: Fragments) -> float:
     size, failure = checkpoints.attempt(checkpoints.snapshot.write_sample, sample)
     seconds = max(comms.gather(time.perf_counter() - started))
     sample.unlink(missing_ok=True)
-    if failure := next((why for why in comms.gather(failure) if why), None):
-        raise CheckpointError(cannot_be_written(failure))
+    every = comms.gather((node_name(), failure))
+    if failed := {node: why for node, why in every if why}:
+        why = cannot_be_written(next(iter(failed.values())))
+        if len(failed) < len({node for node, _ in every}):
+            raise HealthError(f"node {', '.join(failed)}: {why} The others can write there", tuple(failed))
+        raise CheckpointError(why)
     return sum(comms.gather(size)) / seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,12 +53,22 @@ class Topology:
         return cls(*(int(environment[name]) for name in names))
 
 
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """This machine, as SLURM calls it, or else as it calls itself.
+
+    >>> node_name({"SLURMD_NODENAME": "n7"})
+    'n7'
+    """
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 @dataclass(frozen=True, slots=True)
 class Life:
     """One start of a job: a requeued job is the same job in its next life.
 
     `stop_file` is a path whose appearance asks the ranks to stop (a launcher makes it instead of sending signals,
-    which torchrun would turn into a failure).
+    which torchrun would turn into a failure). `end_time` is when the allocation ends, in seconds of the clock, and
+    `grace_seconds` how long it stays after it was preempted.
 
     >>> Life("4711", restart_count=2).name
     '4711-2'
@@ -66,6 +77,8 @@ class Life:
     job_id: str
     restart_count: int = 0
     stop_file: Path | None = None
+    end_time: float | None = None
+    grace_seconds: float | None = None
 
     @property
     def name(self) -> str:
@@ -74,7 +87,7 @@ class Life:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Life:
-        """SLURM's job and restart count, or a time stamp made by the launcher.
+        """SLURM's job, restart count and end, or a time stamp made by the launcher. Raises ConfigError.
 
         >>> Life.from_environment({"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "1"}).name
         '4711-1'
@@ -82,4 +95,12 @@ class Life:
         job_id = environment.get("SFT_DIST_LIFE") or environment.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
         stop_file = environment.get("SFT_DIST_STOP_FILE")
         restart = environment.get("SLURM_RESTART_COUNT") or environment.get("TORCHELASTIC_RESTART_COUNT") or "0"
-        return cls(job_id, int(restart), Path(stop_file) if stop_file else None)
+        seconds = {
+            "SFT_DIST_END_TIME": environment.get("SFT_DIST_END_TIME") or environment.get("SLURM_JOB_END_TIME") or None,
+            "SFT_DIST_GRACE_SECONDS": environment.get("SFT_DIST_GRACE_SECONDS") or None,
+        }
+        for name, value in seconds.items():
+            if value is not None and not value.isdecimal():
+                raise ConfigError(f"environment: {name}={value!r} is no time; give whole seconds (an end since 1970)")
+        end, grace = (None if value is None else float(value) for value in seconds.values())
+        return cls(job_id, int(restart), Path(stop_file) if stop_file else None, end, grace)

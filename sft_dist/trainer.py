@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +21,10 @@ from sft_dist.ledger import Ledger
 from sft_dist.limits import Reason, StopRequest
 from sft_dist.metrics import Metrics, peak_memory_bytes
 from sft_dist.state import TrainState
+from sft_dist.stragglers import Stragglers
 from sft_dist.watchdog import Watchdog
+
+_log = logging.getLogger("sft_dist")
 
 
 class DivergedError(SftDistError):
@@ -56,11 +60,14 @@ def train(
     stop: StopRequest,
     cadence: Cadence,
     watchdog: Watchdog | None = None,
+    stragglers: Stragglers | None = None,
     epochs_of_sets: Callable[[int], Mapping[str, float]] | None = None,
+    is_measured: bool = True,
 ) -> tuple[Reason, TrainState]:
     """Feed `steps` to the engine from `state` on, until they end or any rank is asked to stop.
 
-    `watchdog` is told of every phase, in which all ranks beat equally often. `epochs_of_sets`, of a mixture: rows consumed -> how often each set was gone through, by name, in the engine's order.
+    `watchdog` is told of every phase, in which all ranks beat equally often; `stragglers` of the seconds that each rank computed. `epochs_of_sets`, of a mixture: rows consumed -> how often each set was gone through, by name, in the engine's order.
+    `is_measured`: False where `state` is that of the last step, and a life before was asked to stop while it measured that one.
     Returns why it ended and the state that is saved by then. Raises DivergedError on a loss or gradient that is not finite.
     """
     start_step = state.step
@@ -80,14 +87,18 @@ def train(
         beat(phase)
         return is_wanted
 
-    def logits(*batch: torch.Tensor) -> torch.Tensor:
-        beat("evaluate")
-        return engine.logits(*batch)
-
     def logits_unless_stopped(*batch: torch.Tensor) -> torch.Tensor:
         if is_to_stop("evaluate"):
             raise _AbandonedError
         return engine.logits(*batch)
+
+    def report(saved: Saved | None) -> None:
+        """What a save cost; a failure has been said where it was found."""
+        if saved is not None and saved.failure is None:
+            metrics.scalars(saved.step, saved.numbers)
+            stop.save_seconds = max(stop.save_seconds, saved.write_seconds)
+            if told := stop.grace_warning():
+                _log.warning(told)
 
     if state.step == 0:
         with contextlib.suppress(_AbandonedError):  # the first step's vote will stop the run
@@ -122,7 +133,7 @@ def train(
             raise _diverged(state, step.num_rows, loss, applied)
 
         # account
-        fed = Ledger(*comms.sum(applied.fed.tolist()))
+        fed, own_seconds = _exchange(applied, comms)
         assert fed.rows == step.num_rows, (fed, step)
         seconds = time.perf_counter() - started
         state = state.after(
@@ -134,8 +145,12 @@ def train(
             loss_scale=engine.loss_scale,
             gpu_seconds=seconds * comms.topology.world_size,
         )
+        slowest, told = stragglers.judge(own_seconds) if stragglers is not None else (None, None)
+        if told:
+            _log.warning(told)
         if _is_due(state.step, cadence.log_steps):
             speed = {"target_tokens_per_second": targets / seconds, "tokens_per_second": tokens / seconds}
+            speed |= {"slowest_rank_ratio": slowest} if slowest is not None else {}
             of_sets = _by_set(applied, comms, epochs_of_sets(state.rows_consumed)) if epochs_of_sets is not None else {}
             values = {"loss": loss, "learning_rate": rate, **_of_engine(engine, applied), **speed}
             metrics.scalars(state.step, {**values, "step_seconds": seconds, **of_sets})
@@ -147,21 +162,24 @@ def train(
                 metrics.scalars(state.step, measured)
                 if measured:
                     state = replace(state, evaluated=(state.step, measured["validation_loss"]))
-        _report(checkpoints.finished(), metrics)
+        report(checkpoints.finished())
         if _is_due(state.step, cadence.checkpoint_steps) or retries:
             beat("save")
-            _report(checkpoints.begin(engine.fragments, state, waiting), metrics)
+            report(checkpoints.begin(engine.fragments, state, waiting))
 
     # finish: the last step is on its way to the disk while it is measured
     if state.step > checkpoints.begun_step:
         beat("save")
-        _report(checkpoints.begin(engine.fragments, state, waiting), metrics)
-    if reason == "completed" and state.step > start_step:
-        _measure(state.step, logits, evaluator, metrics)
+        report(checkpoints.begin(engine.fragments, state, waiting))
+    if reason == "completed" and (state.step > start_step or not is_measured):
+        try:
+            _measure(state.step, logits_unless_stopped, evaluator, metrics)
+        except _AbandonedError:
+            reason = "stopped"
     beat("save")
-    _report(checkpoints.finish(waiting), metrics)
+    report(checkpoints.finish(waiting))
     if state.step > checkpoints.saved_step:
-        _report(checkpoints.save(engine.fragments, state, waiting), metrics)
+        report(checkpoints.save(engine.fragments, state, waiting))
     return reason, state
 
 
@@ -185,10 +203,12 @@ def _of_engine(engine: Engine, applied: Applied) -> dict[str, float]:
     return values | ({"loss_scale": engine.loss_scale["cur_scale"]} if engine.loss_scale else {})
 
 
-def _report(saved: Saved | None, metrics: Metrics) -> None:
-    """What a save cost; a failure has been said where it was found."""
-    if saved is not None and saved.failure is None:
-        metrics.scalars(saved.step, saved.numbers)
+def _exchange(applied: Applied, comms: Comms) -> tuple[Ledger, list[float]]:
+    """What all ranks fed, and the seconds that each of them computed: in one exchange, each rank fills its own place."""
+    own = [0] * comms.topology.world_size
+    own[comms.topology.rank] = round(applied.own_seconds * 1e6)
+    rows, *hashes = comms.sum([*applied.fed.tolist(), *own])
+    return Ledger(rows, *hashes[:2]), [microseconds / 1e6 for microseconds in hashes[2:]]
 
 
 def _by_set(applied: Applied, comms: Comms, epochs: Mapping[str, float]) -> dict[str, float]:

@@ -6,7 +6,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import socket
 import sys
 import tempfile
 import threading
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sft_dist.topology import Topology
+from sft_dist.topology import Topology, node_name
 
 HUNG_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: started again it may well go on
 
@@ -206,7 +205,7 @@ class Watchdog:
 
     def _now(self) -> Heartbeat:
         beats, step, phase, at = self._last_beat
-        who = (self.life, self.topology.rank, socket.gethostname(), os.getpid())
+        who = (self.life, self.topology.rank, node_name(), os.getpid())
         is_in_collective = self._has_given_up and self._is_in_collective()
         silent_seconds = round(time.monotonic() - at, 3)
         return Heartbeat(*who, beats, step, phase, silent_seconds, self._has_given_up, is_in_collective)

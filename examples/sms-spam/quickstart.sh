@@ -3,7 +3,7 @@
 set -euo pipefail
 run=$1 dir=$2
 # Two processes need two GPUs or none.
-[ "$(ls /proc/driver/nvidia/gpus 2>/dev/null | wc -l)" -ge 2 ] || export CUDA_VISIBLE_DEVICES=
+[ "$(find /proc/driver/nvidia/gpus -mindepth 1 -maxdepth 1 2>/dev/null | wc -l)" -ge 2 ] || export CUDA_VISIBLE_DEVICES=
 
 say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
 

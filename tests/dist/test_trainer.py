@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from dataclasses import dataclass, replace
 
 import pytest
@@ -13,6 +15,7 @@ from sft_dist.limits import StopRequest
 from sft_dist.metrics import Metrics
 from sft_dist.retention import Retention
 from sft_dist.state import TrainState
+from sft_dist.stragglers import Stragglers
 from sft_dist.trainer import Cadence, train
 from tests.dist import tiny
 from tests.workers import RankError, run_workers
@@ -65,8 +68,11 @@ def steps(topology, count):
     return made
 
 
-def loop(topology, folder, count=6, asked_times=None, poison=False, cadence=None):
+def loop(topology, folder, count=6, asked_times=None, poison=False, cadence=None, slow_rank=None):
     made, comms = tiny.engine(topology, 2, micro_batch_rows=1)
+    if topology.rank == slow_rank:
+        forward = made._loss_sum
+        made._loss_sum = lambda *batch: time.sleep(0.06) or forward(*batch)
     if poison:
         with torch.no_grad():
             next(made.deepspeed.module.parameters()).fill_(float("nan"))
@@ -84,8 +90,25 @@ def loop(topology, folder, count=6, asked_times=None, poison=False, cadence=None
         metrics=Metrics((kept,)),
         stop=stop,
         cadence=cadence or Cadence(last_step=count),
+        stragglers=Stragglers(["n1", "n2"]) if slow_rank is not None else None,
     )
     return reason, state, kept.lines, sorted(path.name for path in folder.glob("step-*"))
+
+
+def test_the_rank_that_all_wait_for_is_named(tmp_path):
+    ranks = run_workers(_slow_loop, 2, tmp_path)
+    for lines, told in ranks:
+        assert all(1 < values["slowest_rank_ratio"] <= 2 for _, values in lines if "loss" in values)
+        assert len(told) == 1
+        assert told[0].startswith("warning: slow for 5 steps now, so that all wait: rank 1 on n2. The slowest")
+
+
+def _slow_loop(topology, folder):
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("sft_dist").addHandler(handler)
+    return loop(topology, folder, slow_rank=1)[2], told
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +156,54 @@ def test_the_wish_of_one_rank_stops_all_after_a_completed_step(tmp_path, asked_t
     for reason, state, _, saved in run_workers(loop, 2, tmp_path, asked_times=asked_times):
         assert (reason, state.step, state.rows_consumed) == ("stopped", done, 8 * done)
         assert saved == ([f"step-{done:08d}"] if done else [])
+
+
+class AtTheEnd:
+    """Measures with three forward passes, in the second of which this rank is asked to stop: by the flag it is given."""
+
+    def __init__(self, stop=None):
+        self.stop, self.count = stop, 0
+
+    def metrics(self, forward):
+        batch = tiny.rows(0)
+        for _ in range(3):
+            forward(batch.tokens, batch.positions)
+            self.count += 1
+            if self.stop is not None and self.count > 3:  # the first three are those before the first step
+                self.stop.cause = "SIGTERM"
+        return {"validation_loss": 1.0}
+
+    def samples(self, forward):
+        return []
+
+
+def _left_while_measured(topology, folder):
+    made, comms = tiny.engine(topology, 2, micro_batch_rows=1)
+    told = []
+    state = TrainState()
+    for is_asked in (True, False):
+        kept, stop = Kept(), StopRequest()
+        checkpoints = Checkpoints(folder, identity={}, attachments={}, retention=Retention(3), stage=2, comms=comms)
+        reason, state = train(
+            steps=steps(topology, 2) if is_asked else [],
+            engine=made,
+            comms=comms,
+            state=state,
+            learning_rate=lambda step: 1e-3,
+            evaluator=AtTheEnd(stop if is_asked and topology.rank == 1 else None),
+            checkpoints=checkpoints,
+            metrics=Metrics((kept,)),
+            stop=stop,
+            cadence=Cadence(last_step=2),
+            is_measured=False,
+        )
+        told.append((reason, state.step, [step for step, values in kept.lines if "validation_loss" in values]))
+    return told
+
+
+def test_asked_to_stop_while_the_end_is_measured_it_stops_and_measures_in_its_next_life(tmp_path):
+    for told in run_workers(_left_while_measured, 2, tmp_path):
+        assert told == [("stopped", 2, [0]), ("completed", 2, [2])]
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing(tmp_path):

@@ -25,12 +25,12 @@ def clone(folder: Path) -> Path:
     return folder
 
 
-def start(command: str, folder: Path, **more) -> subprocess.Popen:
+def start(command: str, folder: Path, environment: dict[str, str] = ENVIRONMENT, **more) -> subprocess.Popen:
     """Start a command there, its output joined and readable line by line."""
     return subprocess.Popen(
         shlex.split(command),
         cwd=folder,
-        env=ENVIRONMENT,
+        env=environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -38,9 +38,16 @@ def start(command: str, folder: Path, **more) -> subprocess.Popen:
     )
 
 
-def run(command: str, folder: Path, *, code: int = 0, deadline: float = 180.0) -> str:
+def run(
+    command: str,
+    folder: Path,
+    *,
+    code: int = 0,
+    deadline: float = 180.0,
+    environment: dict[str, str] = ENVIRONMENT,
+) -> str:
     """Run a command there to its end and return what it printed; fails when it ends with another code."""
-    process = start(command, folder)
+    process = start(command, folder, environment)
     try:
         output, _ = process.communicate(timeout=deadline)
     except subprocess.TimeoutExpired:

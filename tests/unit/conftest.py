@@ -5,6 +5,7 @@ import torch
 
 from sft_dist.comms import Comms
 from sft_dist.topology import Topology
+from tests.unit.prepared_runs import prepare
 from tests.unit.saved_runs import checkpoints, fragments, state
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for one another
@@ -31,3 +32,9 @@ def saved(tmp_path_factory, comms):
 @pytest.fixture
 def run(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "run", symlinks=True)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """Prepared through the command line, as a user would: `sms`, and the shards in `out`."""
+    return prepare(tmp_path_factory.mktemp("shards"))

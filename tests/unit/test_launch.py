@@ -11,57 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from click.testing import CliRunner
 
 from launch import local, train
-from launch.cli import main
 from sft_dist.config import RunConfig, load
-from sft_dist.errors import CheckpointError, ConfigError, DataError
+from sft_dist.errors import CheckpointError, ConfigError, DataError, HealthError
 from sft_dist.limits import SIGNALS, Verdict
 from sft_dist.topology import Life, Topology
+from tests.unit.prepared_runs import records, run_file, sft_dist
 
 ROOT = Path(__file__).parents[2]
 LIFE = Life("test")
-
-
-def records(path, count=300):
-    lines = (f"{('ham', 'spam')[n % 2]}\tmessage {n} of {n % 7} words, number {n * n}\n" for n in range(count))
-    path.write_text("".join(lines))
-    return path
-
-
-def run_file(folder, shards, source, **more):
-    """A run file with dotted keys changed."""
-    values = {
-        "run_dir": str(folder / "run"),
-        "prepare": {
-            "sources": [{"path": str(source), "schema": "label", "delimiter": "\t", "text": 1, "label": 0}],
-            "template": "Spam?\n{text}\nAnswer:",
-            "tokenizer": {"sentencepiece": {"vocab_size": 320}},
-            "seq_len": 64,
-            "validation_fraction": 0.2,
-            "out": str(shards),
-        },
-        "model": {"config": {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1}},
-        "train": {"global_batch_rows": 4, "epochs": 2, "precision": "fp32"},
-    }
-    for key, value in more.items():
-        section, name = key.split("__")
-        values[section][name] = value
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return path
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """Prepared through the command line, as a user would."""
-    folder = tmp_path_factory.mktemp("shards")
-    path = run_file(folder, folder / "out", records(folder / "sms"))
-    result = sft_dist("prepare", path)
-    assert result.exit_code == 0, result.output
-    assert f"{folder / 'out'}: prepared\n  records: 300 read → " in result.stdout
-    return folder
 
 
 @pytest.fixture
@@ -75,10 +34,6 @@ def signals_of_the_tests_own():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-def sft_dist(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def one_line(result, code, message):
@@ -399,6 +354,33 @@ def test_a_rank_that_cannot_start_says_why_and_leaves_a_verdict(tmp_path, enviro
     left = Verdict.read(tmp_path / "run" / "verdicts", "life-0")
     assert (left.reason, left.step, left.exit_code) == ("refused", -1, 2)
     assert "no prepared shards there" in left.detail
+
+
+def test_what_a_rank_alone_finds_wrong_is_its_nodes_fault(tmp_path, environment, capsys):
+    """The batch script has found the run right before it started the ranks."""
+    environment.setenv("SFT_DIST_CHECKED", "1")
+    environment.setenv("SLURMD_NODENAME", "n7")
+    path = run_file(tmp_path, tmp_path / "not-mounted-here", tmp_path / "sms")
+    assert train.main([str(path)]) == 75
+    assert "node n7: " in capsys.readouterr().err
+    left = Verdict.read(tmp_path / "run" / "verdicts", "life-0")
+    assert (left.reason, left.exit_code, left.bad_nodes) == ("unhealthy", 75, "n7")
+
+
+def test_a_node_without_the_gpus_that_slurm_gave_it_is_named(run, monkeypatch):
+    from launch import parts
+
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.setattr(parts.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(parts.torch.version, "cuda", "13.0")
+    with pytest.raises(HealthError, match="node n7: SLURM gave it 8 GPUs, and none can be used") as caught:
+        parts.comms(plan(run))
+    assert caught.value.nodes == ("n7",)
+    monkeypatch.setattr(parts.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(parts.torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(HealthError, match="node n7: 0 GPUs can be used, and rank 0 wants one more"):
+        parts.comms(plan(run))
 
 
 def test_only_the_main_rank_speaks(tmp_path, environment, capsys):

@@ -18,11 +18,11 @@ ROWS = [
     "data.read data.curate data.template data.tokenise data.pack data.shards data.repeats data.select data.scratch",
     "data.work data.mixture",
     "data.merge",
-    "data.build data.loader data.view comms loss metrics attention layout",
+    "data.build data.loader data.view comms loss metrics attention layout stragglers",
     "model engine store foreign",
     "manifest",
     "checkpoint",
-    "evaluate export verify preflight",
+    "evaluate export verify preflight health",
     "trainer",
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row.split()}

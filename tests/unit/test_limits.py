@@ -1,7 +1,10 @@
 import os
 import signal
 
-from sft_dist.limits import StopRequest, Verdict
+import pytest
+
+from sft_dist import limits
+from sft_dist.limits import MARGIN_SECONDS, StopRequest, Verdict
 
 
 def test_a_signal_sets_a_flag_and_nothing_else():
@@ -32,3 +35,55 @@ def test_a_verdict_comes_back_as_it_was_written(tmp_path):
     assert Verdict.read(tmp_path / "verdicts", "42-1") == verdict
     assert Verdict.read(tmp_path / "verdicts", "42-2") is None
     assert [path.name for path in (tmp_path / "verdicts").iterdir()] == ["42-1.json"]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Both clocks, moved by the test."""
+    now = [1000.0]
+    monkeypatch.setattr(limits.time, "time", lambda: now[0])
+    monkeypatch.setattr(limits.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_it_leaves_while_two_saves_and_a_vote_still_fit(clock):
+    stop = StopRequest(end_time=2000.0)
+    stop.save_seconds = 100.0
+    for moment in (1000.0, 1030.0, 1040.0, 2000.0 - MARGIN_SECONDS - 200 - 31):  # a vote took 30 s at most so far
+        clock[0] = moment
+        if moment < 1100:
+            assert not stop.is_wanted()
+    longest = 2000.0 - MARGIN_SECONDS - 200 - 31 - 1040
+    assert stop.is_wanted()  # the last interval was the longest: another one of it would be too much
+    assert stop.needed_seconds == MARGIN_SECONDS + longest + 200
+    assert stop.cause == f"the end of its time in {MARGIN_SECONDS + 231:.0f} s"
+
+
+def test_a_life_without_an_end_never_wants_to_leave_by_itself(clock):
+    stop = StopRequest()
+    clock[0] = 1e12
+    assert not stop.is_wanted()
+
+
+def test_a_life_that_is_asked_often_uses_its_time(clock):
+    stop = StopRequest(end_time=2000.0)
+    stop.save_seconds = 10.0
+    while not stop.is_wanted():
+        clock[0] += 1.0
+    assert 2000 - clock[0] == pytest.approx(MARGIN_SECONDS + 1 + 20, abs=1.0)
+
+
+def test_a_grace_period_that_is_too_short_is_told_once(clock):
+    stop = StopRequest(grace_seconds=30.0)
+    stop.save_seconds = 10.0
+    assert stop.grace_warning() is None
+    stop.is_wanted()
+    clock[0] += 12.0  # a micro-batch
+    stop.is_wanted()
+    assert stop.grace_warning().startswith("warning: 30 s lie between a preemption and the end, and to leave")
+    assert stop.grace_warning() is None
+
+
+def test_a_verdict_names_nodes_on_one_line_for_a_shell(tmp_path):
+    path = Verdict("1-0", "unhealthy", -1, "n3 differs", 75, "n3,n4").write(tmp_path)
+    assert '"bad_nodes": "n3,n4"' in path.read_text()
