@@ -144,7 +144,7 @@ def examine(plan: Plan, comms: Comms) -> tuple[list[str], list[str]]:
     """(the node of each rank, lines to say): are the machines fit, and alike? Raises HealthError."""
     fingerprint = plan.shards.manifest.data
     try:
-        plan.shards.rows(np.array([0, plan.shards.num_rows - 1]))
+        plan.shards.stored(np.array([0, plan.shards.num_rows - 1]))
     except DataError as error:
         fingerprint = f"unreadable ones ({error})"
     mine = health.facts(comms.device, fingerprint)
