@@ -20,7 +20,7 @@ from sft_dist.data.mixture import BLOCK, Joined
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.export import ABOUT, export, read_run
-from sft_dist.manifest import newest_masters, read_manifest, read_state, verify
+from sft_dist.manifest import masters, read_manifest, read_state, verify
 from sft_dist.retention import list_folders
 from sft_dist.topology import Topology
 
@@ -100,7 +100,7 @@ def _measure(model: Any, tokenizer: str, folders: list[Path], name: str, micro_b
 def verify_run(run_dir: Path) -> proof.Certificate:
     """What can be proved of a run; see `sft_dist.verify`. Raises CheckpointError when no checkpoint is whole."""
     folder = run_dir / "checkpoints"
-    found = newest_masters(folder, lambda path: ())
+    found = masters(folder, lambda path: ())
     if found is None:
         raise CheckpointError(f"{run_dir}: no checkpoint there yet; train first, or name another run folder")
     path, state = found
@@ -147,7 +147,7 @@ def list_checkpoints(run_dir: Path, *, is_read: bool) -> tuple[str, bool]:
             rows.append((path, manifest, state, damage))
     if not rows:
         raise CheckpointError(f"{run_dir}: no checkpoint there; train first, or name another run folder")
-    losses = [state.loss_here for _, _, state, _ in rows if state and state.loss_here is not None]
+    scores = [state.score_here for _, _, state, _ in rows if state and state.score_here is not None]
     lines = [f"{'step':>10}{'size':>12}  {'written at':22}{'validation':>11}  {'age':>8}  whole?"]
     for path, manifest, state, damage in rows:
         if manifest is None:
@@ -155,14 +155,14 @@ def list_checkpoints(run_dir: Path, *, is_read: bool) -> tuple[str, bool]:
             continue
         size = sum(entry["bytes"] for entry in manifest["files"].values())
         layout = f"ZeRO {manifest['zero_stage']} x {manifest['world_size']}"
-        loss = state.loss_here
-        told = "" if loss is None else f"{loss:.4f}" + "*" * (loss == min(losses))
+        score = state.score_here
+        told = "" if score is None else f"{abs(score):.4f}" + "*" * (score == min(scores))
         whole = f"NO: {damage}" if damage else "yes, every byte read" if is_read else "yes, by its manifest"
         lines.append(
             f"{state.step:>10}{_size(size):>12}  {layout:22}{told:>11}  {_age(manifest['saved_at']):>8}  {whole}"
         )
     is_whole = not any(damage for *_, damage in rows)
-    return "\n".join([*lines, "* best validation loss" if losses else ""]).rstrip(), is_whole
+    return "\n".join([*lines, "* best by its validation" if scores else ""]).rstrip(), is_whole
 
 
 def _size(num_bytes: int) -> str:

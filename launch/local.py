@@ -77,7 +77,7 @@ def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: i
         return 128 - code if code < 0 else code or 1
     if verdict.reason == "stopped":
         return 128 + (asked[0] if asked else signal.SIGTERM)
-    if verdict.reason == "completed":
+    if verdict.reason in ("completed", "plateaued"):
         print(summary(config), flush=True)
         return 0
     return verdict.exit_code

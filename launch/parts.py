@@ -36,7 +36,7 @@ from sft_dist.evaluate import Evaluator, LabelTask, Sampling, open_shards, promp
 from sft_dist.files import first_free
 from sft_dist.identity import ALLOWANCES, STREAM, changes
 from sft_dist.ledger import Ledger
-from sft_dist.limits import Verdict
+from sft_dist.limits import EarlyStopping, Verdict
 from sft_dist.metrics import Console, JsonLines, Metrics, TensorBoard, read_lines
 from sft_dist.model import build, has_dropout, model_config
 from sft_dist.retention import Retention
@@ -126,12 +126,12 @@ def checkpoints(plan: Plan, identity: dict[str, Any]) -> Checkpoints:
         "model": plan.run_dir / "model",
         "tokenizer": plan.shards_dir / "tokenizer",
     }
-    kept = plan.config.checkpoint
+    kept, stops_early = plan.config.checkpoint, plan.config.evaluate.early_stopping is not None
     made = Checkpoints(
         plan.run_dir / "checkpoints",
         identity=identity,
         attachments=attachments,
-        retention=Retention(kept.keep_last, kept.keep_best, kept.keep_every_steps),
+        retention=Retention(kept.keep_last, max(kept.keep_best, int(stops_early)), kept.keep_every_steps),
         stage=zero_stage(plan.zero),
     )
     made.allowed = frozenset(key for name in plan.resume.allow for key in ALLOWANCES[name])
@@ -265,7 +265,7 @@ def evaluator(plan: Plan, comms: Comms) -> Evaluator:
         max_new_tokens=evaluate.max_new_tokens,
     )
     task = None if plan.mixture else LabelTask.open(plan.shards_dir / "labels")
-    return Evaluator(comms, validation, task, sampling)
+    return Evaluator(comms, validation, task, sampling, scores_always=evaluate.early_stopping is not None)
 
 
 def metrics(plan: Plan, state: TrainState, total_steps: int) -> tuple[Metrics, Callable[[str], None]]:
@@ -290,6 +290,12 @@ def has_measured(plan: Plan, state: TrainState, comms: Comms) -> bool:
     last = "samples" if plan.config.evaluate.samples else "validation_loss"
     lines = read_lines(plan.run_dir / "metrics.jsonl") if plan.topology.is_main else []
     return comms.broadcast(any(line["step"] == state.step and last in line for line in lines))
+
+
+def early_stopping(plan: Plan) -> EarlyStopping | None:
+    """What ends the run before its last step."""
+    config = plan.config.evaluate.early_stopping
+    return None if config is None else EarlyStopping(**config.model_dump())
 
 
 def cadence(plan: Plan, total_steps: int) -> Cadence:

@@ -159,6 +159,7 @@ class Plan:
         batch = derive_batch(config.train, topology.world_size, documents_per_row, saved.get("global_batch_rows"))
         rows = total_rows(config.train, batch, shards.num_rows)
         zero = zero_config(config.zero)
+        _check_early_stopping(config, folders)
         return cls(config, topology, life, resume, run_dir, folders, shards, mixture, zero, batch, rows)
 
     @property
@@ -204,6 +205,18 @@ class Plan:
                 f"({self.steps()} in all): few for the optimizer to move. A smaller train.global_batch_rows gives more"
             )
         return "\n".join(lines)
+
+
+def _check_early_stopping(config: RunConfig, folders: Sequence[Path]) -> None:
+    early = config.evaluate.early_stopping
+    if early is None:
+        return
+    if not any((folder / "validation").is_dir() for folder in folders):
+        raise ConfigError("evaluate.early_stopping: no validation set to judge by; set prepare.validation_fraction")
+    if early.metric != "validation_loss" and not (len(folders) == 1 and (folders[0] / "labels").is_dir()):
+        raise ConfigError(
+            f"evaluate.early_stopping.metric: {early.metric!r} is only measured of a label task; use validation_loss"
+        )
 
 
 def order_of(config: RunConfig, shards: Shards | Joined, mixture: Mixture | None) -> Callable[[np.ndarray], np.ndarray]:
@@ -271,6 +284,8 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     causes = [cause for cause in comms.gather(stop.cause) if cause]
     if plan.topology.is_main:
         detail = f"asked to stop by {causes[0]}" if causes and reason == "stopped" else f"{state.step} of {total} steps"
+        if reason == "plateaued":
+            detail = parts.early_stopping(plan).describe(state.best)
         Verdict(plan.life.name, reason, state.step, detail).write(plan.run_dir / "verdicts")
         print(_last_word(plan, reason, state.step, total, detail), flush=True)
     comms.barrier()
@@ -340,6 +355,7 @@ def _train(
             stop=stop,
             cadence=parts.cadence(plan, total),
             watchdog=watching,
+            early_stopping=parts.early_stopping(plan),
             is_measured=state.step < total or parts.has_measured(plan, state, checkpoints.comms),
             stragglers=Stragglers(nodes) if len(nodes) > 1 else None,
             epochs_of_sets=plan.mixture.epochs if plan.mixture and len(plan.mixture.names) > 1 else None,
@@ -352,6 +368,8 @@ def _train(
 def _last_word(plan: Plan, reason: str, step: int, total: int, detail: str) -> str:
     if reason == "completed":
         return f"completed: {step} of {total} steps, in {plan.run_dir}"
+    if reason == "plateaued":
+        return f"ended early after step {step} of {total}: {detail}. `sft-dist export {plan.run_dir} OUT` takes the best one"
     kept = f"step {step} is saved" if step else "no step was done"
     once = " ".join(argument for argument in plan.resume.arguments() if not argument.startswith("--allow"))
     without = f" without {once}" if once else ""

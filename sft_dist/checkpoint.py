@@ -24,7 +24,7 @@ from sft_dist.files import make_folder, publish, set_aside, sync, sync_folder, w
 from sft_dist.identity import require_same
 from sft_dist.layout import Fragment
 from sft_dist.manifest import none_is_whole, read_manifest, read_small, write_manifest
-from sft_dist.retention import Retention, list_folders, loss_at, step_of
+from sft_dist.retention import Retention, list_folders, score_at, step_of
 from sft_dist.state import TrainState
 from sft_dist.store import Reader, Snapshot, check_index, index
 
@@ -219,7 +219,7 @@ class Checkpoints:
     def _prune(self, newest: Path) -> None:
         """Remove what the retention does not keep; what has a higher step is damaged, or resume had used it."""
         there = {step_of(path): path for path in list_folders(self.folder) if step_of(path) <= step_of(newest)}
-        kept = self.retention.kept({step: loss_at(path) for step, path in there.items()})
+        kept = self.retention.kept({step: score_at(path) for step, path in there.items()})
         for step in sorted(there.keys() - kept):
             _remove(there[step])
 

@@ -249,6 +249,19 @@ class TrainConfig(Section):
         return self
 
 
+class EarlyStoppingConfig(Section):
+    """When a run ends before its last step: a metric of the validation set no longer improves."""
+
+    metric: Literal["validation_loss", "validation_accuracy", "validation_f1"] = "validation_loss"
+    """Of a label task, accuracy and F1 are then measured at every evaluation."""
+    patience: int = Field(default=3, ge=1)
+    """The run ends after so many evaluations in a row that did not improve on the best one."""
+    min_improvement: Float = Field(default=0.0, ge=0.0)
+    """What counts as an improvement on the best: more than this, in the metric's own unit."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Evaluations before this step are not judged."""
+
+
 class EvaluateConfig(Section):
     """What is measured during the run; always at step 0 and at the end as well."""
 
@@ -258,6 +271,14 @@ class EvaluateConfig(Section):
     """Validation prompts answered before and after."""
     max_new_tokens: int = Field(default=48, ge=1)
     """Length limit of a sample answer."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """End when a metric no longer improves; its best checkpoint is kept, and is what `export` takes."""
+
+    @model_validator(mode="after")
+    def _judged_when(self) -> EvaluateConfig:
+        if self.early_stopping is not None and self.every_steps is None:
+            raise ValueError("early_stopping judges evaluations, and there are none; add for example every_steps: 100")
+        return self
 
 
 class CheckpointConfig(Section):

@@ -175,9 +175,20 @@ class Evaluator:
     """
 
     def __init__(
-        self, comms: Comms, validation: Loader | None, task: LabelTask | None, sampling: Sampling | None = None
+        self,
+        comms: Comms,
+        validation: Loader | None,
+        task: LabelTask | None,
+        sampling: Sampling | None = None,
+        *,
+        scores_always: bool = False,
     ) -> None:
         self.comms, self.validation, self.task, self.sampling = comms, validation, task, sampling
+        self.scores_always = scores_always
+
+    def interim(self, forward: Forward) -> dict[str, float]:
+        """What is measured during the run: the loss, and the scores of a label task where they are always wanted."""
+        return self.metrics(forward) if self.scores_always else self.loss(forward)
 
     def loss(self, forward: Forward) -> dict[str, float]:
         """Validation loss and perplexity; empty without a validation set."""

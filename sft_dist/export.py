@@ -19,7 +19,7 @@ from sft_dist.data.work import template_for
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.files import publish
 from sft_dist.layout import Fragment, whole
-from sft_dist.manifest import newest_masters
+from sft_dist.manifest import masters
 
 ABOUT = "sft_dist.json"  # in an export: which run, step and shards it is from
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,7 +27,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What the newest whole checkpoint of a run holds, as a plain model."""
+    """What a whole checkpoint of a run holds, as a plain model."""
 
     model: PreTrainedModel
     config: RunConfig
@@ -36,9 +36,9 @@ class Trained:
 
 
 def read_run(run_dir: Path, dtype: torch.dtype | None = None) -> Trained:
-    """The plain, unsharded model of a run's newest whole checkpoint; default dtype: what the run computed in.
+    """The plain, unsharded model of a run's newest whole checkpoint, or with early stopping of its best one.
 
-    Raises CheckpointError when the run has no whole checkpoint.
+    Default dtype: what the run computed in. Raises CheckpointError when the run has no whole checkpoint.
     """
     built: list[PreTrainedModel] = []
 
@@ -51,7 +51,7 @@ def read_run(run_dir: Path, dtype: torch.dtype | None = None) -> Trained:
         ]
         return whole(built[0])
 
-    found = newest_masters(run_dir / "checkpoints", plain)
+    found = masters(run_dir / "checkpoints", plain, is_best=_stops_early(run_dir))
     if found is None:
         raise CheckpointError(f"{run_dir}: no checkpoint there yet; train first, or name another run folder")
     (path, state), (model,) = found, built
@@ -59,6 +59,11 @@ def read_run(run_dir: Path, dtype: torch.dtype | None = None) -> Trained:
     for parameter in model.parameters():  # not model.to(): rotary tables stay fp32, as they do in training
         parameter.data = parameter.data.to(dtype or _DTYPES[config.train.precision])
     return Trained(model.eval(), config, path / "tokenizer", state.step)
+
+
+def _stops_early(run_dir: Path) -> bool:
+    path = run_dir / "run.yaml"
+    return path.is_file() and read(path).evaluate.early_stopping is not None
 
 
 def export(run_dir: Path, out: Path, dtype: torch.dtype | None = None) -> int:

@@ -6,13 +6,13 @@ import json
 import os
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from sft_dist.files import publish
 
-Reason = Literal["completed", "stopped", "refused", "busy", "diverged", "hung", "unhealthy", "unsaved"]
+Reason = Literal["completed", "stopped", "refused", "busy", "plateaued", "diverged", "hung", "unhealthy", "unsaved"]
 MARGIN_SECONDS = 15.0  # processes end, and clocks of machines differ a little
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -84,10 +84,62 @@ class StopRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Best:
+    """The best value of a metric so far, and how many evaluations in a row have not improved on it since."""
+
+    value: float
+    step: int
+    since: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyStopping:
+    """Ends a run whose metric has not improved for `patience` evaluations (Prechelt, Early Stopping – But When?, 1998).
+
+    An improvement is one of more than `min_improvement` on the best value, not on the last one: a slow one adds up.
+
+    >>> early, best = EarlyStopping("validation_loss", patience=2, min_improvement=0.1), None
+    >>> for step, loss in enumerate([3.0, 2.95, 2.88, 2.87, 2.86], start=1):
+    ...     best = early.judge(best, step, loss)
+    >>> best, early.is_over(best)
+    (Best(value=2.88, step=3, since=2), True)
+    """
+
+    metric: str
+    patience: int
+    min_improvement: float = 0.0
+    warmup_steps: int = 0
+
+    def score(self, value: float) -> float:
+        """The value, so that less is better: as it is of a loss, negated of accuracy and F1."""
+        return value if self.metric == "validation_loss" else -value
+
+    def judge(self, best: Best | None, step: int, value: float) -> Best | None:
+        """What is the best after an evaluation at `step` gave `value`; None before the warm-up is over."""
+        if step < self.warmup_steps:
+            return best
+        if best is None or self.score(value) < self.score(best.value) - self.min_improvement:
+            return Best(value, step)
+        return replace(best, since=best.since + 1)
+
+    def is_over(self, best: Best | None) -> bool:
+        """Whether the run has had its patience."""
+        return best is not None and best.since >= self.patience
+
+    def describe(self, best: Best) -> str:
+        """For a verdict.
+
+        >>> EarlyStopping("validation_f1", patience=3).describe(Best(0.91, 400, since=3))
+        'validation_f1 has not improved on 0.9100 of step 400 in 3 evaluations'
+        """
+        return f"{self.metric} has not improved on {best.value:.4f} of step {best.step} in {best.since} evaluations"
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """How a life ended, for whoever decides what comes next: exit codes alone cannot carry it through torchrun.
 
-    `completed`: nothing is left to do; `stopped`: asked to, go on later; `refused`: the configuration, the data or the
+    `completed`: nothing is left to do; `plateaued`: early stopping ended it; `stopped`: asked to, go on later; `refused`: the configuration, the data or the
     checkpoint is wrong, and starting again will not help; `busy`: another process is in the run folder; `diverged`: the loss is no longer a number; `hung`: a rank made no
     progress; `unhealthy`: a machine is not fit; `unsaved`: the last steps could not be written, the checkpoints before are
     whole. No verdict at all means that the life was killed.

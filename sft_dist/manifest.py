@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -15,7 +16,7 @@ from typing import Any
 from sft_dist.errors import CheckpointError, OtherCheckpointError
 from sft_dist.files import BLOCK_BYTES, digest_of, write_blocks
 from sft_dist.layout import Fragment
-from sft_dist.retention import list_folders
+from sft_dist.retention import list_folders, score_at
 from sft_dist.state import TrainState
 from sft_dist.store import Reader, blocks_of, check_index, opened, read_whole
 
@@ -127,13 +128,19 @@ def read_small(path: Path, manifest: Mapping[str, Any]) -> TrainState:
     return read_state(path, manifest)
 
 
-def newest_masters(folder: Path, fragments_of: Callable[[Path], Iterable[Fragment]]) -> tuple[Path, TrainState] | None:
-    """Fill what `fragments_of(checkpoint folder)` gives from the newest whole checkpoint, alone; None: there is none.
+def masters(
+    folder: Path, fragments_of: Callable[[Path], Iterable[Fragment]], *, is_best: bool = False
+) -> tuple[Path, TrainState] | None:
+    """Fill what `fragments_of(checkpoint folder)` gives from the newest whole checkpoint, or from that of the best score.
 
-    Damaged ones are named in a warning, passed over, and left where they are. Raises CheckpointError when all are damaged.
+    The newest where none has a score. None: there is no checkpoint. Damaged ones are named in a warning, passed over, and left where they are. Raises CheckpointError when all are damaged.
     """
     damage = []
-    for path in reversed(list_folders(folder)):
+    ordered = list_folders(folder)[::-1]
+    if is_best:
+        scores = {path: score_at(path) for path in ordered}
+        ordered.sort(key=lambda path: math.inf if scores[path] is None else scores[path])
+    for path in ordered:
         try:
             manifest = read_manifest(path)
             state = read_small(path, manifest)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sft_dist.ledger import Ledger
+from sft_dist.limits import Best
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class TrainState:
     """All that a run has to know about its past besides weights and moments; kept in `state.json`.
 
     `rows_consumed` is the whole state of the data: the stream of rows is a pure function of the seed. `loss_scale` is fp16's.
-    `evaluated` is the last (step, validation loss). The ordinals fed are [begin, rows_consumed) without those `skipped` on purpose, and
+    `evaluated` is the last (step, score), less is better: the validation loss, or what early stopping judges; `best` is its memory. The ordinals fed are [begin, rows_consumed) without those `skipped` on purpose, and
     `ledger` is the proof; streams that were left before are `past`. `notes` tell what was allowed against the rules.
     """
 
@@ -37,6 +38,7 @@ class TrainState:
     gpu_seconds: float = 0.0
     loss_scale: dict[str, float] | None = None
     evaluated: tuple[int, float] | None = None
+    best: Best | None = None
     begin: int = 0
     skipped: tuple[tuple[int, int], ...] = ()
     ledger: Ledger = field(default_factory=Ledger)
@@ -73,10 +75,10 @@ class TrainState:
         )
 
     @property
-    def loss_here(self) -> float | None:
-        """The validation loss that was measured at this very step, if one was.
+    def score_here(self) -> float | None:
+        """The score that was measured at this very step, if one was: less is better.
 
-        >>> TrainState(step=20, evaluated=(20, 2.5)).loss_here, TrainState(step=30, evaluated=(20, 2.5)).loss_here
+        >>> TrainState(step=20, evaluated=(20, 2.5)).score_here, TrainState(step=30, evaluated=(20, 2.5)).score_here
         (2.5, None)
         """
         return self.evaluated[1] if self.evaluated is not None and self.evaluated[0] == self.step else None
@@ -87,6 +89,8 @@ class TrainState:
         values = json.loads(text)
         if values.get("evaluated") is not None:
             values["evaluated"] = tuple(values["evaluated"])
+        if values.get("best") is not None:
+            values["best"] = Best(**values["best"])
         past = tuple(Past(**_tupled(left)) for left in values.pop("past", ()))
         return cls(**_tupled(values), past=past)
 

@@ -18,7 +18,7 @@ from sft_dist.engine import Applied, Engine
 from sft_dist.errors import SftDistError
 from sft_dist.evaluate import Evaluator, Forward
 from sft_dist.ledger import Ledger
-from sft_dist.limits import Reason, StopRequest
+from sft_dist.limits import EarlyStopping, Reason, StopRequest
 from sft_dist.metrics import Metrics, peak_memory_bytes
 from sft_dist.state import TrainState
 from sft_dist.stragglers import Stragglers
@@ -63,6 +63,7 @@ def train(
     stragglers: Stragglers | None = None,
     epochs_of_sets: Callable[[int], Mapping[str, float]] | None = None,
     is_measured: bool = True,
+    early_stopping: EarlyStopping | None = None,
 ) -> tuple[Reason, TrainState]:
     """Feed `steps` to the engine from `state` on, until they end or any rank is asked to stop.
 
@@ -105,6 +106,9 @@ def train(
             _measure(0, logits_unless_stopped, evaluator, metrics)
 
     for step in steps:
+        if early_stopping is not None and early_stopping.is_over(state.best):
+            reason = "plateaued"
+            break
         started = time.perf_counter()
 
         # agree: one exchange carries the loss denominator, every rank's wish to stop, and whether a save failed behind the loop
@@ -156,14 +160,15 @@ def train(
             metrics.scalars(state.step, {**values, "step_seconds": seconds, **of_sets})
 
         # keep
-        if _is_due(state.step, cadence.evaluate_steps) and state.step < cadence.last_step:
+        is_last = state.step >= cadence.last_step and early_stopping is None  # else it is measured as it is saved
+        if _is_due(state.step, cadence.evaluate_steps) and not is_last:
             with contextlib.suppress(_AbandonedError):  # the next step's vote will stop the run
-                measured = evaluator.loss(logits_unless_stopped)
+                measured = evaluator.interim(logits_unless_stopped)
                 metrics.scalars(state.step, measured)
-                if measured:
-                    state = replace(state, evaluated=(state.step, measured["validation_loss"]))
+                state = _judged(state, measured, early_stopping)
         report(checkpoints.finished())
-        if _is_due(state.step, cadence.checkpoint_steps) or retries:
+        is_best = state.best is not None and state.best.step == state.step
+        if _is_due(state.step, cadence.checkpoint_steps) or retries or is_best:
             beat("save")
             report(checkpoints.begin(engine.fragments, state, waiting))
 
@@ -171,9 +176,10 @@ def train(
     if state.step > checkpoints.begun_step:
         beat("save")
         report(checkpoints.begin(engine.fragments, state, waiting))
-    if reason == "completed" and (state.step > start_step or not is_measured):
+    if reason in ("completed", "plateaued") and (state.step > start_step or not is_measured):
         try:
-            _measure(state.step, logits_unless_stopped, evaluator, metrics)
+            was_evaluated = state.evaluated is not None and state.evaluated[0] == state.step
+            _measure(state.step, logits_unless_stopped, evaluator, metrics, only_samples=was_evaluated)
         except _AbandonedError:
             reason = "stopped"
     beat("save")
@@ -203,6 +209,15 @@ def _of_engine(engine: Engine, applied: Applied) -> dict[str, float]:
     return values | ({"loss_scale": engine.loss_scale["cur_scale"]} if engine.loss_scale else {})
 
 
+def _judged(state: TrainState, measured: Mapping[str, float], early_stopping: EarlyStopping | None) -> TrainState:
+    """The state with what an evaluation gave: the loss is its score, or what early stopping looks at."""
+    if early_stopping is None:
+        return replace(state, evaluated=(state.step, measured["validation_loss"])) if measured else state
+    value = measured[early_stopping.metric]
+    best = early_stopping.judge(state.best, state.step, value)
+    return replace(state, evaluated=(state.step, early_stopping.score(value)), best=best)
+
+
 def _exchange(applied: Applied, comms: Comms) -> tuple[Ledger, list[float]]:
     """What all ranks fed, and the seconds that each of them computed: in one exchange, each rank fills its own place."""
     own = [0] * comms.topology.world_size
@@ -220,9 +235,12 @@ def _by_set(applied: Applied, comms: Comms, epochs: Mapping[str, float]) -> dict
     return values
 
 
-def _measure(step: int, forward: Forward, evaluator: Evaluator, metrics: Metrics) -> None:
+def _measure(
+    step: int, forward: Forward, evaluator: Evaluator, metrics: Metrics, *, only_samples: bool = False
+) -> None:
     """Every metric and the sample answers: what is compared before and after."""
-    metrics.scalars(step, evaluator.metrics(forward))
+    if not only_samples:
+        metrics.scalars(step, evaluator.metrics(forward))
     if answers := evaluator.samples(forward):
         metrics.samples(step, answers)
 

@@ -13,7 +13,7 @@ from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
 from sft_dist.errors import CheckpointError
 from sft_dist.layout import MOMENTS, Fragment
-from sft_dist.manifest import newest_masters, verify
+from sft_dist.manifest import masters, verify
 from sft_dist.retention import Retention, list_folders
 from sft_dist.state import TrainState
 from tests.chaos.disk import Disk, recorded
@@ -55,7 +55,7 @@ def found(folder):
     for path in list_folders(folder / "checkpoints"):
         assert verify(path) is None  # nothing looks like a checkpoint and is none
     live = fragments(0)
-    newest = newest_masters(folder / "checkpoints", lambda path: live)
+    newest = masters(folder / "checkpoints", lambda path: live)
     if newest is None:
         return None
     _, state = newest

@@ -15,7 +15,7 @@ from sft_dist.data.records import Document
 from sft_dist.data.shards import Shards, write
 from sft_dist.errors import CheckpointError, DataError
 from sft_dist.layout import MOMENTS, Fragment
-from sft_dist.manifest import newest_masters
+from sft_dist.manifest import masters
 from sft_dist.retention import Retention
 from sft_dist.state import TrainState
 from tests.chaos.driver import campaigns
@@ -80,7 +80,7 @@ def outcome(folder):
     """The step of the checkpoint that is used, its tensors compared; None: refused."""
     live = fragments(0)
     try:
-        path, state = newest_masters(folder / "checkpoints", lambda path: live)
+        path, state = masters(folder / "checkpoints", lambda path: live)
     except CheckpointError:
         return None
     assert path.name == f"step-{state.step:08d}"

@@ -7,7 +7,7 @@ import torch
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.files import digest_of
 from sft_dist.layout import MOMENTS, Fragment
-from sft_dist.manifest import newest_masters, read_manifest
+from sft_dist.manifest import masters, read_manifest
 from sft_dist.retention import Retention
 from sft_dist.state import TrainState
 from sft_dist.store import Reader
@@ -56,7 +56,7 @@ def fill(path, live):
 
 def newest(run):
     """The checkpoint that whoever reads a run alone finds."""
-    found = newest_masters(run / "checkpoints", lambda path: fragments(0))
+    found = masters(run / "checkpoints", lambda path: fragments(0))
     return found and found[0]
 
 

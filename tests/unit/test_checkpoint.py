@@ -10,7 +10,7 @@ from safetensors import safe_open
 from sft_dist import checkpoint, store
 from sft_dist.errors import CheckpointError, OtherCheckpointError, UnsavedError
 from sft_dist.layout import MOMENTS, Fragment, whole
-from sft_dist.manifest import newest_masters, read_state, verify
+from sft_dist.manifest import masters, read_state, verify
 from tests.unit.saved_runs import (
     IDENTITY,
     SHAPES,
@@ -173,7 +173,7 @@ def test_what_is_whole_but_not_for_this_run_is_neither_passed_over_nor_set_aside
     with pytest.raises(OtherCheckpointError, match=message):
         made.restore(lambda: live)
     with pytest.raises(OtherCheckpointError, match=message):
-        newest_masters(run / "checkpoints", lambda path: live)
+        masters(run / "checkpoints", lambda path: live)
     if how == "a later version":
         with pytest.raises(OtherCheckpointError, match=message):
             made.check()

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_dist.retention import Retention, list_folders, loss_at
+from sft_dist.retention import Retention, list_folders, score_at
 from sft_dist.state import TrainState
 
 
@@ -45,10 +45,10 @@ def test_the_newest_always_stays_and_nothing_is_kept_that_is_not_there(losses, l
 def test_the_loss_of_a_step_is_the_one_measured_at_it(tmp_path):
     for evaluated, loss in (((7, 2.5), 2.5), ((5, 2.5), None), (None, None)):
         (tmp_path / "state.json").write_text(json.dumps(asdict(TrainState(step=7, evaluated=evaluated))))
-        assert loss_at(tmp_path) == loss
+        assert score_at(tmp_path) == loss
     (tmp_path / "state.json").write_text("{cut")
-    assert loss_at(tmp_path) is None
-    assert loss_at(tmp_path / "nowhere") is None
+    assert score_at(tmp_path) is None
+    assert score_at(tmp_path / "nowhere") is None
 
 
 def test_only_published_folders_are_checkpoints(tmp_path):
