@@ -59,6 +59,7 @@ def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: i
         stop_file = Path(folder) / "stop"
         life = time.strftime("local-%Y%m%d-%H%M%S") + f"-{os.getpid()}"
         environment = {**os.environ, "SFT_DIST_LIFE": life, "SFT_DIST_STOP_FILE": str(stop_file)}
+        environment.setdefault("SFT_DIST_BEGAN", str(int(time.time())))
         asked: list[int] = []
         _forward_signals(asked, stop_file)
         with subprocess.Popen(
@@ -77,7 +78,7 @@ def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: i
         return 128 - code if code < 0 else code or 1
     if verdict.reason == "stopped":
         return 128 + (asked[0] if asked else signal.SIGTERM)
-    if verdict.reason in ("completed", "plateaued"):
+    if verdict.reason in ("completed", "plateaued", "spent"):
         print(summary(config), flush=True)
         return 0
     return verdict.exit_code

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -24,7 +25,7 @@ from sft_dist import health
 from sft_dist.attention import prove_isolation as _prove
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
-from sft_dist.config import zero_stage
+from sft_dist.config import Money, money, zero_stage
 from sft_dist.data.build import read_conversations
 from sft_dist.data.loader import Loader, Step
 from sft_dist.data.mixture import Joined
@@ -44,6 +45,7 @@ from sft_dist.schedule import learning_rate
 from sft_dist.state import Past, TrainState
 from sft_dist.topology import node_name
 from sft_dist.trainer import Cadence
+from sft_dist.usage import USAGE, Budget, Journal
 from sft_dist.watchdog import HUNG_EXIT_CODE, Watchdog
 
 if TYPE_CHECKING:
@@ -296,6 +298,22 @@ def early_stopping(plan: Plan) -> EarlyStopping | None:
     """What ends the run before its last step."""
     config = plan.config.evaluate.early_stopping
     return None if config is None else EarlyStopping(**config.model_dump())
+
+
+def journal(plan: Plan) -> Journal | None:
+    """The account of what the run uses, begun by the main rank."""
+    if not plan.topology.is_main:
+        return None
+    began = plan.life.began or time.time() - time.process_time()
+    return Journal(plan.run_dir / USAGE, plan.life.name, plan.topology.world_size, began).start()
+
+
+def budget(plan: Plan, journal: Journal | None) -> Budget:
+    """What the run may cost."""
+    config = plan.config.budget
+    price = money(config.price_per_gpu_hour) if config.price_per_gpu_hour else Money(0.0, "")
+    deadline = None if config.deadline is None else config.deadline.timestamp()
+    return Budget(config.gpu_seconds, deadline, config.max_tokens, price.amount, price.currency, journal)
 
 
 def cadence(plan: Plan, total_steps: int) -> Cadence:

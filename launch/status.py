@@ -17,6 +17,7 @@ from sft_dist.limits import Verdict
 from sft_dist.retention import list_folders, step_of
 from sft_dist.state import TrainState
 from sft_dist.topology import Life, Topology
+from sft_dist.usage import USAGE, gpu_seconds, read_usage
 
 _TAIL_BYTES = 64_000  # of metrics.jsonl: enough for the speed of the last steps
 _RECENT = 20  # steps
@@ -45,7 +46,13 @@ def describe(run_dir: Path) -> tuple[str, bool]:
         raise ConfigError(f"{run_dir}: no run there; name the run_dir of a run file")
     jobs, pid = slurm.live_jobs(run_dir), slurm.holder(run_dir)
     is_over = not jobs and pid is None
-    lines = [*_queue(jobs, pid), *_lives(run_dir), *_steps(run_dir, is_over=is_over), *_checkpoint(run_dir)]
+    lines = [
+        *_queue(jobs, pid),
+        *_lives(run_dir),
+        *_steps(run_dir, is_over=is_over),
+        *_checkpoint(run_dir),
+        *_used(run_dir),
+    ]
     return "\n".join([str(run_dir), *(f"  {name:12}{text}" for name, text in lines)]), is_over
 
 
@@ -110,7 +117,14 @@ def _checkpoint(run_dir: Path) -> Iterator[tuple[str, str]]:
         state = TrainState.from_json((newest / "state.json").read_bytes())
     except (OSError, ValueError, TypeError):
         return
-    yield "used", f"{state.gpu_seconds / 3600:,.2f} GPU-hours in steps, {state.target_tokens:,} target tokens"
+    yield "learned", f"from {state.target_tokens:,} target tokens"
+
+
+def _used(run_dir: Path) -> Iterator[tuple[str, str]]:
+    lines = read_usage(run_dir / USAGE)
+    if lines:
+        lives = len({(line["life"], line["began"]) for line in lines})
+        yield "used", f"{gpu_seconds(lines) / 3600:,.2f} GPU-hours in {lives} {'life' if lives == 1 else 'lives'}"
 
 
 def _total(run_dir: Path) -> int | None:

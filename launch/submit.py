@@ -14,7 +14,7 @@ from pathlib import Path
 
 import sft_dist
 from launch import slurm
-from launch.train import Plan, lock
+from launch.train import Plan, check_deadline, lock
 from sft_dist.config import RunConfig, load, zero_stage
 from sft_dist.errors import ConfigError
 from sft_dist.files import digest_of, publish
@@ -193,6 +193,7 @@ def check(config: RunConfig, options: Options) -> str:
 
     Raises ConfigError naming the numbers of nodes on which the batch does not divide, or what else is wrong.
     """
+    check_deadline(config)
     told, wrong = {}, {}
     ranks = max(1, options.gpus_per_node)
     for count in options.counts:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from sft_dist.checkpoint import Checkpoints
     from sft_dist.state import TrainState
+    from sft_dist.usage import Budget
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -219,6 +220,13 @@ def _check_early_stopping(config: RunConfig, folders: Sequence[Path]) -> None:
         )
 
 
+def check_deadline(config: RunConfig) -> None:
+    """Raises ConfigError where a run must not begin any more."""
+    deadline = config.budget.deadline
+    if deadline is not None and deadline.timestamp() < time.time():
+        raise ConfigError(f"budget.deadline: {deadline.isoformat()} is over; set a later one, or leave it out")
+
+
 def order_of(config: RunConfig, shards: Shards | Joined, mixture: Mixture | None) -> Callable[[np.ndarray], np.ndarray]:
     """Ordinal of the stream -> row number, of a run's shards."""
     in_epochs = functools.partial(row_numbers, num_rows=shards.num_rows, seed=config.train.seed, blocks=_blocks(config))
@@ -255,6 +263,7 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     from launch import parts
     from sft_dist.preflight import require_room
 
+    check_deadline(plan.config)
     held = lock(plan.run_dir) if plan.topology.is_main else None
     model, made = parts.model(plan)
     checkpoints = parts.checkpoints(plan, parts.identity(plan, made))
@@ -275,10 +284,13 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
         parts.write_run_files(plan, made)
     comms.barrier()
 
-    watching = parts.watchdog(plan)
+    watching, journal = parts.watchdog(plan), parts.journal(plan)
+    budget = parts.budget(plan, journal)
     try:
-        reason, state, total = _train(plan, model, made, size, room, checkpoints, device, stop, watching)
+        reason, state, total = _train(plan, model, made, size, room, checkpoints, device, stop, watching, budget)
     finally:
+        if journal is not None:
+            journal.close()
         if watching is not None:
             watching.close()
     causes = [cause for cause in comms.gather(stop.cause) if cause]
@@ -286,6 +298,8 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
         detail = f"asked to stop by {causes[0]}" if causes and reason == "stopped" else f"{state.step} of {total} steps"
         if reason == "plateaued":
             detail = parts.early_stopping(plan).describe(state.best)
+        if reason == "spent":
+            detail = budget.cause or detail
         Verdict(plan.life.name, reason, state.step, detail).write(plan.run_dir / "verdicts")
         print(_last_word(plan, reason, state.step, total, detail), flush=True)
     comms.barrier()
@@ -305,6 +319,7 @@ def _train(
     device: torch.device,
     stop: StopRequest,
     watching: watchdog.Watchdog | None,
+    budget: Budget,
 ) -> tuple[str, TrainState, int]:
     """From a model to its last step; returns why it ended, the state that is saved by then, and the steps of the run."""
     from launch import parts
@@ -355,6 +370,7 @@ def _train(
             stop=stop,
             cadence=parts.cadence(plan, total),
             watchdog=watching,
+            budget=budget,
             early_stopping=parts.early_stopping(plan),
             is_measured=state.step < total or parts.has_measured(plan, state, checkpoints.comms),
             stragglers=Stragglers(nodes) if len(nodes) > 1 else None,
@@ -370,6 +386,8 @@ def _last_word(plan: Plan, reason: str, step: int, total: int, detail: str) -> s
         return f"completed: {step} of {total} steps, in {plan.run_dir}"
     if reason == "plateaued":
         return f"ended early after step {step} of {total}: {detail}. `sft-dist export {plan.run_dir} OUT` takes the best one"
+    if reason == "spent":
+        return f"ended by its budget after step {step} of {total}: {detail}. A larger budget goes on from there"
     kept = f"step {step} is saved" if step else "no step was done"
     once = " ".join(argument for argument in plan.resume.arguments() if not argument.startswith("--allow"))
     without = f" without {once}" if once else ""
@@ -387,7 +405,17 @@ def lock(run_dir: Path) -> Hold:
 
 
 # What a run writes, beside its shards.
-_RUN_FILES = ("run.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "verdicts", "model", "export", ".watch")
+_RUN_FILES = (
+    "run.yaml",
+    "metrics.jsonl",
+    "tensorboard",
+    "checkpoints",
+    "verdicts",
+    "model",
+    "export",
+    ".watch",
+    "usage.jsonl",
+)
 
 
 def set_aside(run_dir: Path) -> Path | None:

@@ -5,6 +5,7 @@ Everything is checked before any process starts. An error names the file, the ke
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import json
 import math
@@ -12,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -294,6 +295,75 @@ class CheckpointConfig(Section):
     """And those at a multiple of so many steps, for good."""
 
 
+def _moment(value: Any) -> Any:
+    """YAML reads most moments by itself, and some as text; a day means its beginning. Without an offset: this machine's."""
+    if isinstance(value, str):
+        try:
+            value = datetime.datetime.fromisoformat(value)
+        except ValueError:
+            raise ValueError(f"{value!r} is no moment; write it as in 2027-01-31T18:00:00+01:00") from None
+    if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+        value = datetime.datetime(value.year, value.month, value.day)
+    return value.astimezone() if isinstance(value, datetime.datetime) else value
+
+
+class Money(NamedTuple):
+    """An amount and its currency."""
+
+    amount: float
+    currency: str
+
+
+def money(text: str) -> Money:
+    """What `cost` and `price_per_gpu_hour` hold; raises ValueError.
+
+    >>> money("2.50 EUR")
+    Money(amount=2.5, currency='EUR')
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Z]{3})", text.strip())
+    if found is None:
+        raise ValueError(f"{text!r} is no money; write an amount and a currency, as in 2.50 EUR")
+    return Money(float(found[1]), found[2])
+
+
+class BudgetConfig(Section):
+    """What the run may cost over all its lives: before the first limit is reached it ends, saved and measured."""
+
+    gpu_hours: Float | None = Field(default=None, gt=0)
+    """Wall time of all lives times their GPUs: start-up, evaluation, saving and lives that were killed count."""
+    cost: str | None = None
+    """As in `250 EUR`; needs price_per_gpu_hour."""
+    price_per_gpu_hour: str | None = None
+    """As in `2.10 EUR`; alone it only shows what was spent."""
+    deadline: Annotated[datetime.datetime, BeforeValidator(_moment)] | None = None
+    """As in 2027-01-31T18:00:00+01:00."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of the rows that were trained on, without padding."""
+
+    @model_validator(mode="after")
+    def _one_currency(self) -> BudgetConfig:
+        cost, price = (None if text is None else money(text) for text in (self.cost, self.price_per_gpu_hour))
+        if cost is not None and price is None:
+            raise ValueError("cost needs a price_per_gpu_hour; add for example price_per_gpu_hour: 2.10 EUR")
+        if price is not None and not price.amount:
+            raise ValueError("price_per_gpu_hour is 0, so that any cost would do; leave both out")
+        if cost is not None and cost.currency != price.currency:
+            raise ValueError(f"cost is in {cost.currency} and price_per_gpu_hour in {price.currency}; use one currency")
+        return self
+
+    @property
+    def gpu_seconds(self) -> float | None:
+        """The tighter one of `gpu_hours` and `cost`.
+
+        >>> BudgetConfig(gpu_hours=100, cost="21 EUR", price_per_gpu_hour="2.10 EUR").gpu_seconds / 3600
+        10.0
+        """
+        limits = [] if self.gpu_hours is None else [self.gpu_hours * 3600]
+        if self.cost is not None and self.price_per_gpu_hour is not None:
+            limits.append(money(self.cost).amount / money(self.price_per_gpu_hour).amount * 3600)
+        return min(limits, default=None)
+
+
 class MixtureConfig(Section):
     """One prepared set of a mixture, and how much of it."""
 
@@ -330,6 +400,7 @@ class RunConfig(Section):
     """A DeepSpeed file with only what DeepSpeed owns: stage, offload, buckets, overlap."""
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    budget: BudgetConfig = BudgetConfig()
 
     @model_validator(mode="after")
     def _one_origin_of_rows(self) -> RunConfig:

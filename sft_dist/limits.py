@@ -12,7 +12,9 @@ from typing import Literal
 
 from sft_dist.files import publish
 
-Reason = Literal["completed", "stopped", "refused", "busy", "plateaued", "diverged", "hung", "unhealthy", "unsaved"]
+Reason = Literal[
+    "completed", "stopped", "refused", "busy", "plateaued", "spent", "diverged", "hung", "unhealthy", "unsaved"
+]
 MARGIN_SECONDS = 15.0  # processes end, and clocks of machines differ a little
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -139,7 +141,7 @@ class EarlyStopping:
 class Verdict:
     """How a life ended, for whoever decides what comes next: exit codes alone cannot carry it through torchrun.
 
-    `completed`: nothing is left to do; `plateaued`: early stopping ended it; `stopped`: asked to, go on later; `refused`: the configuration, the data or the
+    `completed`: nothing is left to do; `plateaued`: early stopping ended it; `spent`: its budget did; `stopped`: asked to, go on later; `refused`: the configuration, the data or the
     checkpoint is wrong, and starting again will not help; `busy`: another process is in the run folder; `diverged`: the loss is no longer a number; `hung`: a rank made no
     progress; `unhealthy`: a machine is not fit; `unsaved`: the last steps could not be written, the checkpoints before are
     whole. No verdict at all means that the life was killed.

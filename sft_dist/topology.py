@@ -68,7 +68,7 @@ class Life:
 
     `stop_file` is a path whose appearance asks the ranks to stop (a launcher makes it instead of sending signals,
     which torchrun would turn into a failure). `end_time` is when the allocation ends, in seconds of the clock, and
-    `grace_seconds` how long it stays after it was preempted.
+    `grace_seconds` how long it stays after it was preempted. `began` is when it was given.
 
     >>> Life("4711", restart_count=2).name
     '4711-2'
@@ -79,6 +79,7 @@ class Life:
     stop_file: Path | None = None
     end_time: float | None = None
     grace_seconds: float | None = None
+    began: float | None = None
 
     @property
     def name(self) -> str:
@@ -98,9 +99,10 @@ class Life:
         seconds = {
             "SFT_DIST_END_TIME": environment.get("SFT_DIST_END_TIME") or environment.get("SLURM_JOB_END_TIME") or None,
             "SFT_DIST_GRACE_SECONDS": environment.get("SFT_DIST_GRACE_SECONDS") or None,
+            "SFT_DIST_BEGAN": environment.get("SFT_DIST_BEGAN") or environment.get("SLURM_JOB_START_TIME") or None,
         }
         for name, value in seconds.items():
             if value is not None and not value.isdecimal():
                 raise ConfigError(f"environment: {name}={value!r} is no time; give whole seconds (an end since 1970)")
-        end, grace = (None if value is None else float(value) for value in seconds.values())
-        return cls(job_id, int(restart), Path(stop_file) if stop_file else None, end, grace)
+        end, grace, began = (None if value is None else float(value) for value in seconds.values())
+        return cls(job_id, int(restart), Path(stop_file) if stop_file else None, end, grace, began)

@@ -22,6 +22,7 @@ from sft_dist.limits import EarlyStopping, Reason, StopRequest
 from sft_dist.metrics import Metrics, peak_memory_bytes
 from sft_dist.state import TrainState
 from sft_dist.stragglers import Stragglers
+from sft_dist.usage import Budget
 from sft_dist.watchdog import Watchdog
 
 _log = logging.getLogger("sft_dist")
@@ -64,6 +65,7 @@ def train(
     epochs_of_sets: Callable[[int], Mapping[str, float]] | None = None,
     is_measured: bool = True,
     early_stopping: EarlyStopping | None = None,
+    budget: Budget | None = None,
 ) -> tuple[Reason, TrainState]:
     """Feed `steps` to the engine from `state` on, until they end or any rank is asked to stop.
 
@@ -71,7 +73,7 @@ def train(
     `is_measured`: False where `state` is that of the last step, and a life before was asked to stop while it measured that one.
     Returns why it ended and the state that is saved by then. Raises DivergedError on a loss or gradient that is not finite.
     """
-    start_step = state.step
+    start_step, budget = state.step, budget or Budget()
     reason: Reason = "completed"
 
     def beat(phase: str) -> None:
@@ -103,7 +105,9 @@ def train(
 
     if state.step == 0:
         with contextlib.suppress(_AbandonedError):  # the first step's vote will stop the run
+            began = time.perf_counter()
             _measure(0, logits_unless_stopped, evaluator, metrics)
+            budget.measured(time.perf_counter() - began)
 
     for step in steps:
         if early_stopping is not None and early_stopping.is_over(state.best):
@@ -111,12 +115,13 @@ def train(
             break
         started = time.perf_counter()
 
-        # agree: one exchange carries the loss denominator, every rank's wish to stop, and whether a save failed behind the loop
+        # agree: one exchange carries the loss denominator, every rank's wish to stop, whether a save failed, and the budget
         beat("agree")
         mine = [step.num_targets, step.num_tokens, stop.is_wanted(), checkpoints.wants_retry]
-        targets, tokens, wishes, retries = comms.sum(mine)
-        if wishes:
-            reason = "stopped"
+        is_spent = budget.is_spent(state.tokens, stop.save_seconds)
+        targets, tokens, wishes, retries, spent = comms.sum([*mine, is_spent])
+        if wishes or spent:
+            reason = "stopped" if wishes else "spent"
             break
 
         # learn: a step of thousands of rows can outlast a grace period, so the ranks also vote between micro-batches
@@ -150,8 +155,9 @@ def train(
             gpu_seconds=seconds * comms.topology.world_size,
         )
         slowest, told = stragglers.judge(own_seconds) if stragglers is not None else (None, None)
-        if told:
-            _log.warning(told)
+        budget.stepped(state.step, seconds, state.tokens)
+        for line in filter(None, (told, budget.told(cadence.last_step))):
+            _log.warning(line)
         if _is_due(state.step, cadence.log_steps):
             speed = {"target_tokens_per_second": targets / seconds, "tokens_per_second": tokens / seconds}
             speed |= {"slowest_rank_ratio": slowest} if slowest is not None else {}
@@ -176,7 +182,7 @@ def train(
     if state.step > checkpoints.begun_step:
         beat("save")
         report(checkpoints.begin(engine.fragments, state, waiting))
-    if reason in ("completed", "plateaued") and (state.step > start_step or not is_measured):
+    if reason in ("completed", "plateaued", "spent") and (state.step > start_step or not is_measured):
         try:
             was_evaluated = state.evaluated is not None and state.evaluated[0] == state.step
             _measure(state.step, logits_unless_stopped, evaluator, metrics, only_samples=was_evaluated)

@@ -13,6 +13,7 @@ from sft_dist.limits import Verdict
 from tests.invariants import runs
 from tests.workers import run_workers
 
+CONSTANT = ("train.schedule=constant", "train.warmup_ratio=0")
 EARLY = ("evaluate.every_steps=1", "evaluate.samples=0", "checkpoint.keep_last=1")
 
 
@@ -42,29 +43,32 @@ def call_export(topology, *arguments):
 
 
 def test_a_plateau_ends_the_run_and_its_best_checkpoint_is_kept_and_exported(tmp_path, path):
-    still = (*EARLY, "train.learning_rate=1e-12", early(2, 0.01))
-    run_workers(runs.run, 2, path, still)
-    assert steps(tmp_path) == [1, 2, 3]  # the first is the best, two more have not improved on it
+    """A learning rate so high that the third evaluation is better than the three after it."""
+    wild = (*EARLY, *CONSTANT, "train.learning_rate=0.2")
+    run_workers(runs.run, 2, path, (*wild, early(3, 0)))
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
     verdict = Verdict.read(tmp_path / "run" / "verdicts", "test-0")
-    assert (verdict.reason, verdict.step) == ("plateaued", 3)
-    assert verdict.detail.startswith("validation_loss has not improved on 5.")
-    assert saved(tmp_path) == ["step-00000001", "step-00000003"]
-    assert runs.measured(tmp_path / "run", 3)  # once
+    assert (verdict.reason, verdict.step) == ("plateaued", 6)
+    assert " of step 3 in 3 evaluations" in verdict.detail
+    assert saved(tmp_path) == ["step-00000003", "step-00000006"]
+    assert runs.measured(tmp_path / "run", 6)  # once
     run_workers(call_export, 1, tmp_path / "run", tmp_path / "out", None)
-    assert json.loads((tmp_path / "out" / "sft_dist.json").read_text())["step"] == 1
+    assert json.loads((tmp_path / "out" / "sft_dist.json").read_text())["step"] == 3
 
-    run_workers(runs.run, 1, path, still)  # again: it is over, and stays so
-    assert steps(tmp_path) == [1, 2, 3]
-    run_workers(runs.run, 1, path, (*still, early(4, 0.01)))  # with more patience it goes on, and remembers
-    assert steps(tmp_path) == [1, 2, 3, 4, 5]
-    assert "step-00000001" in saved(tmp_path)
+    run_workers(runs.run, 2, path, (*wild, early(3, 0)))  # again: it is over, and stays so
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+    run_workers(runs.run, 2, path, (*wild, early(4, 0)))  # with more patience it goes on, and remembers
+    continued = runs.numbers(tmp_path / "run")
+    run_workers(runs.run, 2, path, (*wild, early(4, 0), f"run_dir={tmp_path / 'patient'}"))
+    assert continued == runs.numbers(tmp_path / "patient")
+    assert len(continued) > 6
 
 
 def test_a_slow_improvement_does_not(tmp_path, path):
-    run_workers(runs.run, 2, path, (*EARLY, early(3, 0.3)))
+    run_workers(runs.run, 2, path, (*EARLY, *CONSTANT, early(3, 0.3)))
     losses = [line["validation_loss"] for line in runs.curve(tmp_path / "run") if "validation_loss" in line]
     gains = [before - after for before, after in itertools.pairwise(losses)]
-    assert sum(gain > 0.3 for gain in gains) < len(gains) / 2  # most single steps gain less
+    assert max(gains[1:]) < 0.3  # none of them would do alone
     assert Verdict.read(tmp_path / "run" / "verdicts", "test-0").reason == "completed"
 
 

@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,11 @@ UNKNOWN = [
     ("train__lerning_rate", 1e-5, "train.lerning_rate: unknown key (value 1e-05); did you mean train.learning_rate?"),
     ("run_dri", "x", "run_dri: unknown key (value 'x'); did you mean run_dir?"),
     ("checkpoint__keep_lats", 1, "checkpoint.keep_lats: unknown key (value 1); did you mean checkpoint.keep_last?"),
-    ("evaluate__zzz", 1, "evaluate.zzz: unknown key (value 1); keys here: every_steps, max_new_tokens, samples"),
+    (
+        "evaluate__zzz",
+        1,
+        "evaluate.zzz: unknown key (value 1); keys here: early_stopping, every_steps, max_new_tokens, samples",
+    ),
     (
         "prepare__tokenizer",
         {"sentencepiece": {"vocab_sise": 400}},
@@ -509,3 +514,58 @@ def test_every_key_of_the_schema_is_documented_or_plain():
     for model in (RunConfig, ModelConfig, TrainConfig):
         assert model.__doc__
     assert RunConfig.model_fields["zero"].description
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("{cost: 250 EUR}", "cost needs a price_per_gpu_hour; add for example price_per_gpu_hour: 2.10 EUR"),
+        ("{price_per_gpu_hour: 2.10}", "price_per_gpu_hour"),
+        ("{price_per_gpu_hour: '2.10'}", "'2.10' is no money; write an amount and a currency, as in 2.50 EUR"),
+        (
+            "{cost: 250 EUR, price_per_gpu_hour: 2 USD}",
+            "cost is in EUR and price_per_gpu_hour in USD; use one currency",
+        ),
+        ("{price_per_gpu_hour: 0 EUR}", "price_per_gpu_hour is 0"),
+        ("{deadline: tomorrow}", "'tomorrow' is no moment; write it as in 2027-01-31T18:00:00+01:00"),
+        ("{deadline: 5}", "deadline"),
+        ("{max_tokens: 0}", "max_tokens"),
+        ("{gpu_hours: -1}", "gpu_hours"),
+    ],
+)
+def test_a_budget_that_cannot_be_meant_is_refused(tmp_path, budget, message):
+    said = refusal(written(tmp_path), f"budget={budget}")
+    assert message in said
+    assert said.count("\n") == 0
+
+
+def test_a_deadline_is_a_moment_however_it_is_written_and_survives_run_yaml(tmp_path):
+    path = written(tmp_path)
+    moments = [
+        load(path, [f"budget.deadline={text}"]).budget.deadline
+        for text in ("2027-01-31T18:00:00+01:00", "2027-01-31 17:00:00+00:00", "'2027-01-31T17:00:00Z'")
+    ]
+    assert len({moment.timestamp() for moment in moments}) == 1
+    assert load(path, ["budget.deadline=2027-01-31"]).budget.deadline.hour == 0
+    config = load(path, ["budget.deadline=2027-01-31T18:00:00+01:00"])
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(config.model_dump(by_alias=True)))
+    assert load(again).budget.deadline == config.budget.deadline
+
+
+def test_the_tighter_one_of_hours_and_money_counts(tmp_path):
+    budget = load(written(tmp_path), ["budget={gpu_hours: 5, cost: 21 EUR, price_per_gpu_hour: 2.10 EUR}"]).budget
+    assert budget.gpu_seconds == 5 * 3600
+    assert load(written(tmp_path)).budget.gpu_seconds is None
+
+
+def test_early_stopping_without_evaluations_is_refused(tmp_path):
+    said = refusal(written(tmp_path), "evaluate.early_stopping={patience: 2}")
+    assert "early_stopping judges evaluations, and there are none; add for example every_steps: 100" in said
+
+
+def test_what_the_page_on_run_control_shows_can_be_written(tmp_path):
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "control.md").read_text(), flags=re.DOTALL)
+    config = load(written(tmp_path, **{key: value for block in blocks for key, value in yaml.safe_load(block).items()}))
+    assert config.budget.gpu_seconds == pytest.approx(800 / 2.10 * 3600)
+    assert config.evaluate.early_stopping.warmup_steps == 200

@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -300,6 +301,24 @@ def test_fp16_without_a_gpu_is_refused_before_any_group_starts(run, monkeypatch)
     monkeypatch.setattr(parts.torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"train\.precision: 'fp16' is not allowed without a GPU"):
         parts.comms(plan(run, "train.precision=fp16"))
+
+
+def test_early_stopping_needs_something_to_judge_by(run, tmp_path, shards):
+    early = "evaluate={every_steps: 1, early_stopping: {metric: validation_f1}}"
+    assert plan(run, early).config.evaluate.early_stopping.patience == 3
+    bare = tmp_path / "bare"
+    shutil.copytree(shards / "out", bare)
+    shutil.rmtree(bare / "labels")
+    with pytest.raises(ConfigError, match="'validation_f1' is only measured of a label task; use validation_loss"):
+        plan(run, early, f"prepare.out={bare}")
+    shutil.rmtree(bare / "validation")
+    with pytest.raises(ConfigError, match=r"no validation set to judge by; set prepare\.validation_fraction"):
+        plan(run, early, f"prepare.out={bare}")
+
+
+def test_a_deadline_that_is_over_is_refused_before_any_group_starts(run):
+    with pytest.raises(ConfigError, match=r"budget\.deadline: 2001-01-01T.* is over; set a later one"):
+        train.run_plan(plan(run, "budget.deadline=2001-01-01"), None)
 
 
 def state_and_notes(state, **resume):

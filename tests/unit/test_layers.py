@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 ROWS = [
     "errors files data.records",
     "config topology identity",
-    "data.token_files data.order schedule limits ledger watchdog",
+    "data.token_files data.order schedule limits ledger watchdog usage",
     "state",
     "retention",
     "data.sources",

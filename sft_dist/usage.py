@@ -1,0 +1,171 @@
+"""What a run has cost over all its lives, and whether it may go on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+USAGE = "usage.jsonl"  # of a run folder
+BEAT_SECONDS = 30.0  # what a life that is killed loses of its account at most
+_TELL_SECONDS = 600.0
+
+
+class Journal:
+    """`usage.jsonl`: appended to and never changed, so that a life that was killed is on it up to its last beat.
+
+    A life counts from `began`, the start of its allocation in seconds of the clock, with all its GPUs: start-up, evaluation
+    and saving too.
+
+    >>> with Journal(Path("usage.jsonl"), "4711-0", gpus=8, began=1.7e9) as journal:  # doctest: +SKIP
+    ...     journal.gpu_seconds()
+    28800.0
+    """
+
+    def __init__(self, path: Path, life: str, gpus: int, began: float) -> None:
+        self.path, self.life, self.gpus, self.began = path, life, gpus, began
+        lines = read_usage(path)
+        self.before = gpu_seconds([line for line in lines if (line["life"], line["began"]) != (life, began)])
+        self.measure_seconds = max((line.get("measure_seconds", 0.0) for line in lines), default=0.0)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._beats, name="usage", daemon=True)
+
+    def gpu_seconds(self) -> float:
+        """Of all lives, until now."""
+        return self.before + max(0.0, time.time() - self.began) * self.gpus
+
+    def start(self) -> Journal:
+        """Begin to write. Raises OSError where the file cannot be written."""
+        self._append(starts_anew=True)
+        self._thread.start()
+        return self
+
+    def close(self, *_: object) -> None:
+        """Write the last line."""
+        self._closing.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):  # a full disk: up to the last beat then
+            self._append()
+
+    __enter__, __exit__ = start, close
+
+    def _beats(self) -> None:
+        while not self._closing.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                self._append()
+
+    def _append(self, *, starts_anew: bool = False) -> None:
+        line = {"life": self.life, "began": self.began, "at": time.time(), "gpus": self.gpus}
+        line |= {"measure_seconds": self.measure_seconds} if self.measure_seconds else {}
+        with self.path.open("a") as file:  # a line that a crash has cut is ended first
+            file.write("\n" * starts_anew + json.dumps(line) + "\n")
+
+
+def read_usage(path: Path) -> list[dict]:
+    """The lines of a journal; what a crash has cut is left out; no file is no line."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError):
+        for text in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict) and {"life", "began", "at", "gpus"} <= line.keys():
+                    lines.append(line)
+    return lines
+
+
+def gpu_seconds(lines: list[dict]) -> float:
+    """Of all lives in these lines: from the start of its allocation to its last line, times its GPUs.
+
+    >>> gpu_seconds([{"life": "7-0", "began": 0.0, "at": 60.0, "gpus": 8}, {"life": "7-0", "began": 0.0, "at": 90.0, "gpus": 8}])
+    720.0
+    """
+    lives: dict[tuple[str, float], float] = {}
+    for line in lines:
+        key = (line["life"], line["began"])
+        lives[key] = max(lives.get(key, 0.0), (line["at"] - line["began"]) * line["gpus"])
+    return sum(lives.values())
+
+
+@dataclass
+class Budget:
+    """What a run may cost: it ends, saved and measured, before the first of these is used up. Limits of None do not bind.
+
+    `price` is that of a GPU-hour, `currency` its unit. `journal`: on the main rank only, which decides for all.
+    """
+
+    gpu_seconds: float | None = None
+    deadline: float | None = None
+    max_tokens: int | None = None
+    price: float = 0.0
+    currency: str = ""
+    journal: Journal | None = None
+    cause: str | None = None
+    clock: Callable[[], float] = time.time
+    _longest_step: float = 0.0
+    _steps: list[tuple[int, float, int]] = field(
+        default_factory=list
+    )  # (step, time, tokens): the first and the last one
+    _told_at: float = 0.0
+
+    def stepped(self, step: int, seconds: float, tokens: int) -> None:
+        """After a step: `tokens` are those of the whole run."""
+        self._longest_step = max(self._longest_step, seconds)
+        self._steps = [*self._steps[:1], (step, self.clock(), tokens)]
+
+    def measured(self, seconds: float) -> None:
+        """How long it took to measure what is measured at the end too."""
+        if self.journal is not None:
+            self.journal.measure_seconds = max(self.journal.measure_seconds, seconds)
+
+    def is_spent(self, tokens: int, save_seconds: float) -> bool:
+        """Whether one more step, two saves and the last evaluation would be too much; `cause` then tells what of."""
+        if self.max_tokens is not None and tokens >= self.max_tokens:
+            self.cause = f"{tokens:,} tokens of budget.max_tokens {self.max_tokens:,}"
+        if self.journal is None:
+            return self.cause is not None
+        needed = self._longest_step + 2 * save_seconds + self.journal.measure_seconds
+        used = self.journal.gpu_seconds()
+        if self.gpu_seconds is not None and used + needed * self.journal.gpus > self.gpu_seconds:
+            self.cause = f"{self._hours(used)} of {self._hours(self.gpu_seconds)} used, and a step and the end take {needed:.0f} s"
+        if self.deadline is not None and self.clock() + needed > self.deadline:
+            self.cause = (
+                f"the deadline is in {self.deadline - self.clock():.0f} s, and a step and the end take {needed:.0f} s"
+            )
+        return self.cause is not None
+
+    def told(self, total_steps: int) -> str | None:
+        """Every ten minutes, and first after ten steps of a life: at which step the first limit would end the run."""
+        if self.journal is None or len(self._steps) < 2 or self._steps[-1][0] - self._steps[0][0] < 10:
+            return None
+        (first, began, tokens_before), (step, now, tokens) = self._steps
+        if now - self._told_at < _TELL_SECONDS or (self.gpu_seconds, self.deadline, self.max_tokens) == (None,) * 3:
+            return None
+        self._told_at = now
+        seconds, used = (now - began) / (step - first), self.journal.gpu_seconds()
+        reserve = self.journal.measure_seconds
+        left = [float(total_steps - step)]
+        if self.gpu_seconds is not None:
+            left.append(((self.gpu_seconds - used) / self.journal.gpus - reserve) / max(seconds, 1e-9))
+        if self.deadline is not None:
+            left.append((self.deadline - now - reserve) / max(seconds, 1e-9))
+        if self.max_tokens is not None:
+            left.append((self.max_tokens - tokens) * (step - first) / max(1, tokens - tokens_before))
+        of = f" of {self._hours(self.gpu_seconds)}" if self.gpu_seconds is not None else ""
+        end = step + max(0, int(min(left)))
+        lasts = (
+            "it lasts to the end" if end >= total_steps else f"at this rate it ends at step {end:,} of {total_steps:,}"
+        )
+        return f"budget: {self._hours(used)}{of} used; {lasts}"
+
+    def _hours(self, seconds: float) -> str:
+        """GPU-hours, and money where there is a price.
+
+        >>> Budget(price=2.5, currency="EUR")._hours(7200)
+        '2.00 GPU-hours (5.00 EUR)'
+        """
+        hours = seconds / 3600
+        return f"{hours:,.2f} GPU-hours" + (f" ({hours * self.price:,.2f} {self.currency})" if self.price else "")
