@@ -304,7 +304,7 @@ def journal(plan: Plan) -> Journal | None:
     """The account of what the run uses, begun by the main rank."""
     if not plan.topology.is_main:
         return None
-    began = plan.life.began or time.time() - time.process_time()
+    began = plan.life.began or time.time()
     return Journal(plan.run_dir / USAGE, plan.life.name, plan.topology.world_size, began).start()
 
 

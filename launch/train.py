@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         life = Life.from_environment()
+        life = replace(life, began=life.began or time.time())
         stop = StopRequest(life.stop_file, life.end_time, life.grace_seconds)
         stop.install()  # before torch is imported: a signal during start-up must not kill
         topology = Topology.from_environment()
