@@ -184,7 +184,7 @@ def train(
         report(checkpoints.begin(engine.fragments, state, waiting))
     if reason in ("completed", "plateaued", "spent") and (state.step > start_step or not is_measured):
         try:
-            was_evaluated = state.evaluated is not None and state.evaluated[0] == state.step
+            was_evaluated = early_stopping is not None and state.score_here is not None  # with all scores
             _measure(state.step, logits_unless_stopped, evaluator, metrics, only_samples=was_evaluated)
         except _AbandonedError:
             reason = "stopped"
