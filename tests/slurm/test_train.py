@@ -214,7 +214,7 @@ def test_it_goes_on_with_fewer_and_more_nodes_and_stays_away_when_a_person_says_
     (frozen,) = [pid for pid in job.ranks() if b"SLURMD_NODENAME=n2" in Path(f"/proc/{pid}/environ").read_bytes()]
     os.kill(frozen, signal.SIGSTOP)
     job.until_life(1)
-    assert "on host n2 hangs" in job.log
+    assert "on host n2 hangs" in job.log, cluster.describe(job.number) + job.log
     assert "the next life avoids n2" in job.log
     job.until_step(job.step() + 2)
     assert "x 1 processes" in job.log
