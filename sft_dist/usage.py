@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+_log = logging.getLogger("sft_dist")
 
 USAGE = "usage.jsonl"  # of a run folder
 BEAT_SECONDS = 30.0  # what a life that is killed loses of its account at most
@@ -31,6 +34,7 @@ class Journal:
         lines = read_usage(path)
         self.before = gpu_seconds([line for line in lines if (line["life"], line["began"]) != (life, began)])
         self.measure_seconds = max((line.get("measure_seconds", 0.0) for line in lines), default=0.0)
+        self._may_be_cut = True
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._beats, name="usage", daemon=True)
 
@@ -39,8 +43,8 @@ class Journal:
         return self.before + max(0.0, time.time() - self.began) * self.gpus
 
     def start(self) -> Journal:
-        """Begin to write. Raises OSError where the file cannot be written."""
-        self._append(starts_anew=True)
+        """Begin to write."""
+        self._append()
         self._thread.start()
         return self
 
@@ -48,21 +52,26 @@ class Journal:
         """Write the last line."""
         self._closing.set()
         self._thread.join()
-        with contextlib.suppress(OSError):  # a full disk: up to the last beat then
-            self._append()
+        self._append()
 
     __enter__, __exit__ = start, close
 
     def _beats(self) -> None:
         while not self._closing.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):
-                self._append()
+            self._append()
 
-    def _append(self, *, starts_anew: bool = False) -> None:
+    def _append(self) -> None:
+        """Add a line; a full disk costs no run, and the next line that can be written tells all of this life."""
         line = {"life": self.life, "began": self.began, "at": time.time(), "gpus": self.gpus}
         line |= {"measure_seconds": self.measure_seconds} if self.measure_seconds else {}
-        with self.path.open("a") as file:  # a line that a crash has cut is ended first
-            file.write("\n" * starts_anew + json.dumps(line) + "\n")
+        try:
+            with self.path.open("a") as file:  # a line that a crash or a full disk has cut is ended first
+                file.write("\n" * self._may_be_cut + json.dumps(line) + "\n")
+            self._may_be_cut = False
+        except OSError as error:
+            if not self._may_be_cut:
+                _log.warning("%s: %s: what this life uses is written when it can be", self.path, error.strerror)
+            self._may_be_cut = True
 
 
 def read_usage(path: Path) -> list[dict]:

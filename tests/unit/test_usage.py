@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ def clock(monkeypatch):
 def test_lives_add_up_over_kills_other_sizes_and_cut_lines(tmp_path, clock):
     path = tmp_path / "usage.jsonl"
     killed = Journal(path, "7-0", gpus=8, began=990.0)
-    killed._append(starts_anew=True)
+    killed._append()
     clock[0] = 1100.0
     killed._append()  # its last beat: it never closes
     with path.open("a") as file:
@@ -45,6 +46,22 @@ def test_what_it_took_to_measure_is_known_to_the_next_life(tmp_path):
     with Journal(path, "7-0", gpus=1, began=0.0) as journal:
         Budget(journal=journal).measured(12.5)
     assert Journal(path, "7-1", gpus=1, began=0.0).measure_seconds == 12.5
+
+
+def test_a_full_disk_costs_no_run_and_the_account_is_told_later(tmp_path, clock, caplog, monkeypatch):
+    path = tmp_path / "usage.jsonl"
+    journal = Journal(path, "7-0", gpus=1, began=1000.0)
+    journal._append()
+    journal.path = Path("/dev/full")
+    for _ in range(2):
+        journal._append()
+    assert [record.getMessage() for record in caplog.records] == [
+        "/dev/full: No space left on device: what this life uses is written when it can be"
+    ]
+    path.write_text(path.read_text() + '{"life": "7-')  # as far as it came
+    journal.path, clock[0] = path, 1060.0
+    journal._append()
+    assert gpu_seconds(read_usage(path)) == 60.0
 
 
 def test_no_file_and_odd_lines_are_no_usage(tmp_path):
