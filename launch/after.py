@@ -162,7 +162,7 @@ def list_checkpoints(run_dir: Path, *, is_read: bool) -> tuple[str, bool]:
             f"{state.step:>10}{_size(size):>12}  {layout:22}{told:>11}  {_age(manifest['saved_at']):>8}  {whole}"
         )
     is_whole = not any(damage for *_, damage in rows)
-    return "\n".join([*lines, "* best by its validation" if scores else ""]).rstrip(), is_whole
+    return "\n".join([*lines, "* best validation" if scores else ""]).rstrip(), is_whole
 
 
 def _size(num_bytes: int) -> str:

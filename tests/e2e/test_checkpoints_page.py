@@ -57,7 +57,7 @@ def test_every_way_to_go_on_does_what_the_page_says_and_is_certified(folder):
 def test_the_list_tells_best_layout_and_damage_and_ends_with_3_then(folder):
     said = run("sft-dist checkpoints run --verify", folder)
     assert "yes, every byte read" in said
-    assert "* best validation loss" in said
+    assert "* best validation" in said
     assert "ZeRO 1 x 1" in said or "ZeRO 2 x 1" in said or "ZeRO 3 x 1" in said, said
     newest = list_folders(folder / "run" / "checkpoints")[-1]
     (shard,) = newest.glob("*.safetensors")
