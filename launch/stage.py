@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--where", action="store_true")
     parser.add_argument("run_file", nargs="?", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.where:
         print(where(options.stage))
         return 0

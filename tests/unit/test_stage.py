@@ -120,5 +120,8 @@ def test_the_program_tells_what_it_could_not_copy_and_goes_on(tmp_path, capsys, 
     monkeypatch.chdir(tmp_path)
     assert stage.main([str(tmp_path / "local"), "nowhere.yaml"]) == 0
     assert "warning: no copy: nowhere.yaml" in capsys.readouterr().err
+    for words in (["--environment", str(tmp_path / "local")], [str(tmp_path / "local"), "--environment"]):
+        assert stage.main([*words, "nowhere.yaml", "train.seed=1"]) == 0  # wherever the option stands
+    capsys.readouterr()
     assert stage.main([str(tmp_path / "local"), "--where"]) == 0
     assert capsys.readouterr().out.startswith(str(tmp_path / "local"))
