@@ -16,6 +16,32 @@ def test_a_stopwatch_counts_what_it_is_around_and_starts_anew_when_taken():
     assert stopwatch.take() == 0.0
 
 
+def test_on_a_gpu_its_own_clock_is_read_and_only_when_the_seconds_are_taken(monkeypatch):
+    """The events stand in for CUDA's: each knows when it was recorded, in milliseconds."""
+    now, read = [0.0], []
+
+    class Event:
+        def __init__(self, *, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, end):
+            read.append(end)
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    stopwatch = Stopwatch(torch.device("cuda"))
+    for milliseconds in (30.0, 12.0):
+        with stopwatch:
+            now[0] += milliseconds
+        now[0] += 500.0
+    assert read == []
+    assert stopwatch.take() == pytest.approx(0.042)
+    assert (len(read), stopwatch.take()) == (2, 0.0)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_stopwatch_reads_the_clock_of_a_gpu():
     device = torch.device("cuda")
