@@ -16,7 +16,7 @@ from pathlib import Path
 from launch.train import Plan
 from sft_dist.config import load
 from sft_dist.errors import ConfigError, DataError, SftDistError
-from sft_dist.files import publish
+from sft_dist.files import publish_text
 from sft_dist.topology import Life, Topology, node_name
 
 JOBS = "jobs.json"  # of a run folder: what was submitted for it, the last one last
@@ -33,9 +33,7 @@ def sbatch(script: Path, *arguments: str, options: Sequence[str] = ()) -> int:
 def record(run_dir: Path, job: int, name: str) -> None:
     """Remember what was submitted for a run, for `status` and `stop`."""
     known = [*jobs_of(run_dir), {"job": job, "name": name, "submitted_at": time.time()}]
-    staged = run_dir / f".{JOBS}-{os.getpid()}.partial"
-    staged.write_text(json.dumps(known, indent=1))
-    publish(staged, run_dir / JOBS)
+    publish_text(run_dir / JOBS, json.dumps(known, indent=1))
 
 
 def jobs_of(run_dir: Path) -> list[dict]:

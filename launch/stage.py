@@ -122,7 +122,7 @@ def _recorded(record: Path) -> Iterator[tuple[Path, str, str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the copies; prints the folder of programs to use. What cannot be copied is told, and used where it is."""
+    """Make the copies, or with --where print the folder of programs. What cannot be copied is told, and used where it is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", type=Path)
     parser.add_argument("--environment", action="store_true")
@@ -130,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run_file", nargs="?", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_intermixed_args(arguments)
+    if options.run_file is None and not options.where:
+        parser.error("which run file?")
     if options.where:
         print(where(options.stage))
         return 0

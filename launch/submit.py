@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import sys
@@ -17,7 +16,7 @@ from launch import slurm
 from launch.train import Plan, check_deadline, lock
 from sft_dist.config import RunConfig, load, zero_stage
 from sft_dist.errors import ConfigError
-from sft_dist.files import digest_of, publish
+from sft_dist.files import digest_of, publish_text
 from sft_dist.topology import Life, Topology
 
 Say = Callable[[str], None]
@@ -137,7 +136,7 @@ def _training(
         say(f"{script}\n# sbatch {shlex.join([str(path), run_file, *overrides])}  (not submitted)")
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    _keep(path, script)
+    publish_text(path, script)
     jobs = []
     for _ in range(options.chain or 1):
         jobs.append(slurm.sbatch(path, run_file, *overrides, options=given))
@@ -176,8 +175,8 @@ def _preparation(
         return
     folder = folder.with_name(f"{folder.name}.jobs")
     folder.mkdir(parents=True, exist_ok=True)
-    _keep(folder / "array.sbatch", array)
-    _keep(folder / "merge.sbatch", merge)
+    publish_text(folder / "array.sbatch", array)
+    publish_text(folder / "merge.sbatch", merge)
     first = slurm.sbatch(folder / "array.sbatch", run_file, *overrides, options=array_options)
     merge_options.append(f"--dependency=afterok:{first}")
     second = slurm.sbatch(folder / "merge.sbatch", run_file, "--merge", *overrides, options=merge_options)
@@ -285,9 +284,3 @@ def _script(name: str) -> str:
         if (folder / name).is_file():
             return (folder / name).read_text()
     raise ConfigError(f"{name}: neither in a clone nor in the installed package; install sft-dist again")
-
-
-def _keep(path: Path, text: str) -> None:
-    staged = path.with_name(f".{path.name}-{os.getpid()}.partial")
-    staged.write_text(text)
-    publish(staged, path)

@@ -235,6 +235,13 @@ def publish(staged: Path, final: Path) -> None:
     sync_folder(final.parent)  # makes the rename itself durable
 
 
+def publish_text(path: Path, text: str) -> None:
+    """Write a small file that others read, whole or not at all; more than one process may have the last word."""
+    staged = path.with_name(f".{path.name}-{os.getpid()}.partial")
+    staged.write_text(text)
+    publish(staged, path)
+
+
 def sync_folder(path: Path) -> None:
     """Wait until a file, or a folder's own list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

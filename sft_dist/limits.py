@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from sft_dist.files import publish
+from sft_dist.files import publish_text
 
 Reason = Literal[
     "completed", "stopped", "refused", "busy", "plateaued", "spent", "diverged", "hung", "unhealthy", "unsaved"
@@ -158,9 +157,7 @@ class Verdict:
         """Publish as `folder/<life>.json`, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.life}.json"
-        staged = folder / f".{self.life}-{os.getpid()}.partial"  # more than one rank may have the last word
-        staged.write_text(json.dumps(asdict(self), indent=2))
-        publish(staged, path)
+        publish_text(path, json.dumps(asdict(self), indent=2))
         return path
 
     @staticmethod

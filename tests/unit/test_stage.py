@@ -123,5 +123,8 @@ def test_the_program_tells_what_it_could_not_copy_and_goes_on(tmp_path, capsys, 
     for words in (["--environment", str(tmp_path / "local")], [str(tmp_path / "local"), "--environment"]):
         assert stage.main([*words, "nowhere.yaml", "train.seed=1"]) == 0  # wherever the option stands
     capsys.readouterr()
+    with pytest.raises(SystemExit):
+        stage.main([str(tmp_path / "local")])
+    assert "which run file?" in capsys.readouterr().err
     assert stage.main([str(tmp_path / "local"), "--where"]) == 0
     assert capsys.readouterr().out.startswith(str(tmp_path / "local"))
