@@ -26,17 +26,19 @@ from typing import Any
 import torch
 from memory import begin_peak, peak_mib
 
+from sft_dist.batch import derive_batch
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
-from sft_dist.config import ModelConfig, TrainConfig, derive_batch, zero_config
 from sft_dist.engine import Engine
 from sft_dist.files import BLOCK_BYTES
 from sft_dist.model import build, model_config
 from sft_dist.preflight import rehearse
 from sft_dist.retention import Retention
+from sft_dist.schema import ModelConfig, TrainConfig
 from sft_dist.state import TrainState
 from sft_dist.store import Run, check_index, index
 from sft_dist.topology import Topology
+from sft_dist.zero import zero_config
 
 VOCAB, SEQ_LEN = 50_257, 64
 

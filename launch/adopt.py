@@ -12,11 +12,11 @@ from launch import parts
 from launch.train import Plan, lock
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
-from sft_dist.config import RunConfig
 from sft_dist.errors import CheckpointError
 from sft_dist.foreign import Foreign, find, read
 from sft_dist.layout import Fragment
 from sft_dist.retention import list_folders
+from sft_dist.schema import RunConfig
 from sft_dist.state import TrainState
 from sft_dist.topology import Life, Topology
 

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.train import AS_IT_IS, Plan, Resume, lock
-from sft_dist.config import RunConfig
 from sft_dist.errors import ConfigError
 from sft_dist.limits import SIGNALS, Verdict
 from sft_dist.metrics import loss_curve, read_lines
+from sft_dist.schema import RunConfig
 from sft_dist.topology import Life, Topology
 
 _TRAIN = Path(__file__).with_name("train.py")

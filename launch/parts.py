@@ -25,14 +25,13 @@ from sft_dist import health
 from sft_dist.attention import prove_isolation as _prove
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
-from sft_dist.config import Money, money, zero_stage
 from sft_dist.data.build import read_conversations
 from sft_dist.data.loader import Loader, Step
 from sft_dist.data.mixture import Joined
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.data.work import template_for
 from sft_dist.engine import Engine
-from sft_dist.errors import CheckpointError, ConfigError, DataError, HealthError
+from sft_dist.errors import CheckpointError, ConfigError, DataError, DivergedError, HealthError
 from sft_dist.evaluate import Evaluator, LabelTask, Sampling, open_shards, prompts
 from sft_dist.files import first_free
 from sft_dist.identity import ALLOWANCES, STREAM, changes
@@ -40,13 +39,16 @@ from sft_dist.ledger import Ledger
 from sft_dist.limits import EarlyStopping, Verdict
 from sft_dist.metrics import Console, JsonLines, Metrics, TensorBoard, read_lines
 from sft_dist.model import build, has_dropout, model_config
-from sft_dist.retention import Retention
+from sft_dist.retention import Retention, list_folders, step_of
 from sft_dist.schedule import learning_rate
+from sft_dist.schema import Money, money
+from sft_dist.spikes import BAD_ROWS, BadStep, BadSteps
 from sft_dist.state import Past, TrainState
 from sft_dist.topology import node_name
 from sft_dist.trainer import Cadence
 from sft_dist.usage import USAGE, Budget, Journal
 from sft_dist.watchdog import HUNG_EXIT_CODE, Watchdog
+from sft_dist.zero import zero_stage
 
 if TYPE_CHECKING:
     from launch.train import Plan, Resume
@@ -55,6 +57,8 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # Dee
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
+
+_log = logging.getLogger("sft_dist")
 
 WATCH = ".watch"  # of a run folder: heartbeats while it runs, and the stacks of a hang
 
@@ -218,11 +222,14 @@ def with_changes(
             state.begin, state.rows_consumed, state.skipped, state.ledger,
         )  # fmt: skip
         begin = 0 if resume.resets_data else state.rows_consumed
-        state = replace(state, rows_consumed=begin, begin=begin, skipped=(), ledger=Ledger(), past=(*state.past, left))
+        state = replace(
+            state, rows_consumed=begin, begin=begin, skipped=(), ahead=(), ledger=Ledger(), past=(*state.past, left)
+        )
     if resume.skip_rows:
         first, last = state.rows_consumed, state.rows_consumed + resume.skip_rows
         notes.append(f"skipped: rows {first:,} to {last - 1:,} of the stream are left out")
-        state = replace(state, rows_consumed=last, skipped=(*state.skipped, (first, last)))
+        ahead = tuple((max(begin, last), end) for begin, end in state.ahead if end > last)
+        state = replace(state, rows_consumed=last, skipped=(*state.skipped, (first, last)), ahead=ahead).past_skipped()
     return replace(state, notes=(*state.notes, *(f"step {state.step}: {note}" for note in notes))), notes
 
 
@@ -232,7 +239,8 @@ def steps(plan: Plan, state: TrainState, device: torch.device) -> Iterator[Step]
     loader = Loader(
         plan.shards, plan.topology, micro_batch_rows=train.micro_batch_rows, order=plan.order, device=device
     )
-    return loader.steps(start=state.rows_consumed, end=plan.rows, global_batch_rows=plan.batch.global_batch_rows)
+    for begin, end in state.stretches(plan.rows):
+        yield from loader.steps(start=begin, end=end, global_batch_rows=plan.batch.global_batch_rows)
 
 
 def schedule(plan: Plan, total_steps: int) -> Callable[[int], float]:
@@ -270,13 +278,18 @@ def evaluator(plan: Plan, comms: Comms) -> Evaluator:
     return Evaluator(comms, validation, task, sampling, scores_always=evaluate.early_stopping is not None)
 
 
-def metrics(plan: Plan, state: TrainState, total_steps: int) -> tuple[Metrics, Callable[[str], None]]:
-    """Where numbers go on this rank, and a way to say a line; silent on all ranks but the main one."""
+def metrics(
+    plan: Plan, state: TrainState, total_steps: int, *, is_going_back: bool = False
+) -> tuple[Metrics, Callable[[str], None]]:
+    """Where numbers go on this rank, and a way to say a line; silent on all ranks but the main one.
+
+    What lies beyond the step of `state` is cut off; where the run goes back on purpose a copy is kept.
+    """
     if not plan.topology.is_main:
         logging.getLogger("sft_dist").setLevel(logging.CRITICAL)
         return Metrics(), lambda text: None
     path = plan.run_dir / "metrics.jsonl"
-    if plan.resume.from_step is not None and path.exists():  # what lies beyond that step is cut off, so a copy is kept
+    if (is_going_back or plan.resume.from_step is not None) and path.exists():
         shutil.copyfile(path, first_free(path))
     console = Console(total_steps, state.step, sys.stdout)
     sinks = (
@@ -306,6 +319,59 @@ def journal(plan: Plan) -> Journal | None:
         return None
     began = plan.life.began or time.time()
     return Journal(plan.run_dir / USAGE, plan.life.name, plan.topology.world_size, began).start()
+
+
+def bad_steps(plan: Plan) -> BadSteps:
+    """What is done about steps that cannot be applied."""
+    config = plan.config.train.bad_steps
+    return BadSteps(config.roll_back_after, config.max_roll_backs, config.spike_z, config.spike_window)
+
+
+def tell_bad_step(plan: Plan, bad: BadStep) -> None:
+    """Say that a step was not applied, and list its rows with the records that they hold."""
+    path, records = plan.run_dir / BAD_ROWS, {}
+    try:
+        records = {row: plan.shards.origins(row) for row in bad.rows}
+    except DataError as error:
+        _log.warning("%s", error)
+    named = [record for of_row in records.values() for record in of_row]
+    more = f" and {len(named) - 3:,} more" if len(named) > 3 else ""
+    of = f"; of {', '.join(named[:3])}{more}" if named else ""
+    try:
+        bad.append(path, records)
+    except OSError as error:
+        _log.warning("%s: %s: the rows of step %d are not listed", path, error.strerror, bad.step)
+    _log.warning("%s; %d rows are listed in %s%s", bad.describe(), len(bad.rows), path, of)
+
+
+def roll_back(plan: Plan, checkpoints: Checkpoints, engine: Engine, state: TrainState) -> TrainState:
+    """The state of the last checkpoint before the streak of bad steps that `state` is in, with their rows to be skipped.
+
+    Never twice to the same one. Raises DivergedError where there is none, or after enough roll-backs.
+    """
+    streak, allowed = state.streak, plan.config.train.bad_steps.max_roll_backs
+    there = checkpoints.comms.broadcast([step_of(path) for path in list_folders(checkpoints.folder)])
+    before = [step for step in there if step < streak.first_step and step != state.rolled_to]
+    why = f"after {state.roll_backs} roll-backs" if state.roll_backs >= allowed else None
+    why = why or (None if before else "with no other checkpoint before them to go back to")
+    if why:
+        raise DivergedError(
+            f"steps {streak.first_step} to {state.step} could not be applied, {why}: no number came out of the rows "
+            f"{streak.first_row} to {state.rows_consumed - 1} of the stream. The checkpoints are untouched; lower train.learning_rate, "
+            f"or look at the records in {plan.run_dir / BAD_ROWS}"
+        )
+    restored = checkpoints.restore(engine.fragments, before[-1])
+    assert restored is not None
+    back = restored[1]
+    engine.restored(back.adam_step, back.loss_scale)
+    note = (
+        f"step {state.step}: rolled back to step {back.step}; the ordinals {streak.first_row} to {state.rows_consumed - 1} of the "
+        f"{streak.steps} steps that could not be applied are skipped"
+    )
+    _log.warning("warning: %s", note)
+    ahead = (*back.ahead, (streak.first_row, state.rows_consumed))
+    notes, roll_backs = (*back.notes, note), state.roll_backs + 1
+    return replace(back, ahead=ahead, rolled_to=back.step, roll_backs=roll_backs, notes=notes).past_skipped()
 
 
 def budget(plan: Plan, journal: Journal | None) -> Budget:

@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sft_dist.config import RunConfig
 from sft_dist.data.build import Task, available_workers, prepare
 from sft_dist.data.shards import Shards
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.errors import ConfigError
+from sft_dist.schema import RunConfig
 
 
 def run(config: RunConfig, *, fresh: bool, workers: int | None, task: Task | None, only_merge: bool) -> None:

@@ -14,10 +14,12 @@ from pathlib import Path
 import sft_dist
 from launch import slurm
 from launch.train import Plan, check_deadline, lock
-from sft_dist.config import RunConfig, load, zero_stage
+from sft_dist.config import load
 from sft_dist.errors import ConfigError
 from sft_dist.files import digest_of, publish_text
+from sft_dist.schema import RunConfig
 from sft_dist.topology import Life, Topology
+from sft_dist.zero import zero_stage
 
 Say = Callable[[str], None]
 

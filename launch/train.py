@@ -24,7 +24,8 @@ if __package__ in (None, ""):  # started by path from a clone
 
 from launch.stage import copy_of
 from sft_dist import watchdog
-from sft_dist.config import Batch, RunConfig, derive_batch, load, num_steps, total_rows, zero_config, zero_stage
+from sft_dist.batch import Batch, derive_batch, num_steps, total_rows
+from sft_dist.config import load
 from sft_dist.data.mixture import Joined, Mixture
 from sft_dist.data.order import Blocks, row_numbers
 from sft_dist.data.shards import Shards
@@ -33,14 +34,16 @@ from sft_dist.files import Hold, hold
 from sft_dist.identity import ALLOWANCES
 from sft_dist.limits import StopRequest, Verdict
 from sft_dist.retention import list_folders, step_of
+from sft_dist.schema import RunConfig
+from sft_dist.state import TrainState
 from sft_dist.topology import Life, Topology, node_name
+from sft_dist.zero import zero_config, zero_stage
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from sft_dist.checkpoint import Checkpoints
-    from sft_dist.state import TrainState
     from sft_dist.usage import Budget
 
 
@@ -183,8 +186,8 @@ class Plan:
 
     def steps(self, state: TrainState | None = None) -> int:
         """Optimizer steps of the whole run; those behind `state` are counted as they were taken."""
-        done, consumed = (state.step, state.rows_consumed) if state else (0, 0)
-        return done + num_steps(max(0, self.rows - consumed), self.batch)
+        state = state or TrainState()
+        return state.step + sum(num_steps(end - begin, self.batch) for begin, end in state.stretches(self.rows))
 
     def describe(self) -> str:
         """The derived numbers, for a person; with a warning where they make little sense."""
@@ -358,28 +361,38 @@ def _train(
             f"time: this life ends at {time.strftime('%F %T', time.localtime(plan.life.end_time))}; it saves and leaves before"
         )
     beat("start-up")
+    nodes = nodes if len(nodes) > 1 else []
     try:
-        reason, state = train(
-            steps=parts.steps(plan, state, device),
-            engine=engine,
-            comms=checkpoints.comms,
-            state=state,
-            learning_rate=parts.schedule(plan, total),
-            evaluator=parts.evaluator(plan, checkpoints.comms),
-            checkpoints=checkpoints,
-            metrics=metrics,
-            stop=stop,
-            cadence=parts.cadence(plan, total),
-            watchdog=watching,
-            budget=budget,
-            early_stopping=parts.early_stopping(plan),
-            is_measured=state.step < total or parts.has_measured(plan, state, checkpoints.comms),
-            stragglers=Stragglers(nodes) if len(nodes) > 1 else None,
-            epochs_of_sets=plan.mixture.epochs if plan.mixture and len(plan.mixture.names) > 1 else None,
-        )
+        while True:
+            reason, state = train(
+                steps=parts.steps(plan, state, device),
+                engine=engine,
+                comms=checkpoints.comms,
+                state=state,
+                learning_rate=parts.schedule(plan, total),
+                evaluator=parts.evaluator(plan, checkpoints.comms),
+                checkpoints=checkpoints,
+                metrics=metrics,
+                stop=stop,
+                cadence=parts.cadence(plan, total),
+                watchdog=watching,
+                budget=budget,
+                early_stopping=parts.early_stopping(plan),
+                is_measured=state.step < total or parts.has_measured(plan, state, checkpoints.comms),
+                stragglers=Stragglers(nodes) if nodes else None,
+                epochs_of_sets=plan.mixture.epochs if plan.mixture and len(plan.mixture.names) > 1 else None,
+                bad_steps=parts.bad_steps(plan),
+                on_bad_step=functools.partial(parts.tell_bad_step, plan),
+            )
+            if reason != "diverged":
+                return reason, state, total
+            beat("restore")
+            state = parts.roll_back(plan, checkpoints, engine, state)
+            total = plan.steps(state)
+            metrics.close()
+            metrics, _ = parts.metrics(plan, state, total, is_going_back=True)
     finally:
         metrics.close()
-    return reason, state, total
 
 
 def _last_word(plan: Plan, reason: str, step: int, total: int, detail: str) -> str:
@@ -416,6 +429,7 @@ _RUN_FILES = (
     "export",
     ".watch",
     "usage.jsonl",
+    "bad_rows.jsonl",
 )
 
 

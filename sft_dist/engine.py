@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,25 +17,31 @@ import torch
 
 from sft_dist import layout, ledger
 from sft_dist.attention import packed_logits
-from sft_dist.config import Batch, TrainConfig, zero_stage
+from sft_dist.batch import Batch
 from sft_dist.loss import sums_by_set, target_log_probs
+from sft_dist.optimizer import GatedAdamW, decay_groups
+from sft_dist.schema import TrainConfig
 from sft_dist.stragglers import Stopwatch
 from sft_dist.topology import Topology
+from sft_dist.zero import deepspeed_config, zero_stage
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What one optimizer step did: this rank's summed loss, and the global gradient norm before clipping.
+    """What one optimizer step did: the loss, summed over all ranks, and the global gradient norm before clipping.
 
-    `is_applied`: False where fp16's loss scaler found an overflow and left the weights alone (the norm is then infinite).
+    `is_applied`: whether it reached the weights. `is_overflow`: it did not because fp16's loss scale was too high, which mends
+    itself; else one of its numbers is bad, and `suspects` are this rank's rows that may be to blame.
 
     `fed`: int64 [3] on the device, this rank's part of the ledger: its rows, and the two sums of their hashes. `set_sums`: fp64 [2, sets] on the device, this rank's summed loss and number of targets of each set of a mixture. `own_seconds`: in its forward passes, where ranks wait for one another at stage 3 only.
     """
 
-    loss_sum: torch.Tensor
+    loss_sum: float
     grad_norm: float
     fed: torch.Tensor
     is_applied: bool = True
+    is_overflow: bool = False
+    suspects: tuple[int, ...] = ()
     set_sums: torch.Tensor | None = None
     own_seconds: float = 0.0
 
@@ -48,43 +54,12 @@ _SCALER = (
 )  # what DeepSpeed's DynamicLossScaler remembers
 
 
-def deepspeed_config(zero: dict[str, Any], config: TrainConfig, batch: Batch) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: the user's ZeRO file plus what the run file owns.
-
-    Accumulation and reduction are fp32 whatever the precision: with DeepSpeed's default the gradient of 1,920
-    micro-batches in bf16 was measured 31 % wrong.
-    """
-    return {
-        **zero,
-        "train_micro_batch_size_per_gpu": config.micro_batch_rows,
-        "gradient_accumulation_steps": batch.accumulation_steps,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "fp16": {"enabled": config.precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        # DeepSpeed reports no gradient norm at stage 0, so the engine measures and clips there itself.
-        "gradient_clipping": 0.0 if zero_stage(zero) == 0 else config.max_grad_norm or 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-
-
-def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: matrices decay, vectors (biases, norms) do not; made before ZeRO flattens the shapes."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
 class Engine:
     """A model under ZeRO that learns from whole steps.
 
     >>> engine = Engine(model, zero, config.train, batch, topology, device)  # doctest: +SKIP
     >>> engine.learn(step.micro_batches, denominator=1_234, learning_rate=1e-3)  # doctest: +SKIP
-    Applied(loss_sum=tensor(851.2), grad_norm=0.93, fed=tensor([4, 5727095992301866834, -2371436142478386021]))
+    Applied(loss_sum=851.2, grad_norm=0.93, fed=tensor([4, 5727095992301866834, -2371436142478386021]))
     """
 
     def __init__(
@@ -99,7 +74,7 @@ class Engine:
     ) -> None:
         self.config, self.topology, self.device, self.num_sets = config, topology, device, num_sets
         self.stage = zero_stage(zero)
-        self.adam = torch.optim.AdamW(
+        self.adam = GatedAdamW(
             decay_groups(model, config.weight_decay),
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
@@ -110,15 +85,24 @@ class Engine:
         self.deepspeed = _initialize(model, self.adam, deepspeed_config(zero, config, batch))
 
     def learn(
-        self, micro_batches: Iterable[Any], *, denominator: int, learning_rate: float, should_abandon=lambda: False
+        self,
+        micro_batches: Iterable[Any],
+        *,
+        denominator: int,
+        learning_rate: float,
+        should_abandon: Callable[[], bool] = lambda: False,
+        total: Callable[[torch.Tensor], float] = float,
+        norm_limit: float = math.inf,
     ) -> Applied | None:
         """Forward and backward over the step's micro-batches on this rank, then one optimizer step.
 
-        The gradient is that of (sum of target losses over all ranks) / `denominator`. `should_abandon` is asked before
-        each micro-batch; when it says yes nothing is applied and None is returned (masters and moments have not moved).
+        The gradient is that of (sum of target losses over all ranks) / `denominator`; `total` sums this rank's loss over the
+        ranks. The step is applied if loss and gradient norm are finite and the norm is not above `norm_limit`.
+        `should_abandon` is asked before each micro-batch; when it says yes nothing is applied and None is returned (masters
+        and moments have not moved).
         """
         self.deepspeed.train()
-        loss_sum = torch.zeros((), device=self.device)
+        losses: list[tuple[torch.Tensor, Any]] = []
         fed = torch.zeros(3, dtype=torch.int64, device=self.device)
         set_sums = torch.zeros(2, self.num_sets, dtype=torch.float64, device=self.device) if self.num_sets > 1 else None
         batches = _with_last(micro_batches)
@@ -131,15 +115,26 @@ class Engine:
                 loss = self._loss_sum(micro_batch, fed, set_sums)
             # DeepSpeed averages over the ranks; a global sum over a global count wants the sum: times the world.
             self.deepspeed.backward(loss / denominator * self.topology.world_size, scale_wrt_gas=False)
-            loss_sum += loss.detach()
+            losses.append((loss.detach(), micro_batch.rows))
+        loss_sum = total(sum(loss for loss, _ in losses).cpu())
+        norm = self._step(learning_rate, norm_limit if math.isfinite(loss_sum) else -1.0)
+        is_overflow = self.config.precision == "fp16" and math.isfinite(loss_sum) and not math.isfinite(norm)
+        is_applied = math.isfinite(loss_sum) and norm <= norm_limit and math.isfinite(norm)
+        suspects = () if is_applied or is_overflow else _suspects(losses, is_loss=not math.isfinite(loss_sum))
+        return Applied(loss_sum, norm, fed, is_applied, is_overflow, suspects, set_sums, self._forward.take())
+
+    def _step(self, learning_rate: float, norm_limit: float) -> float:
+        """One optimizer step, if the gradient norm allows it; returns the norm before clipping, infinite on an overflow."""
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
-        grad_norm = self._clip_unwrapped() if self.stage == 0 else None
+        norm = self._clip_unwrapped() if self.stage == 0 else None
+
+        def global_norm() -> float:
+            return float(self.deepspeed.optimizer._global_grad_norm) if norm is None else norm
+
+        self.adam.is_open = lambda: math.isfinite(global_norm()) and global_norm() <= norm_limit
         self.deepspeed.step()
-        is_applied = self.config.precision != "fp16" or self.deepspeed.was_step_applied()
-        if grad_norm is None:
-            grad_norm = float(self.deepspeed.get_global_grad_norm()) if is_applied else math.inf
-        return Applied(loss_sum, grad_norm, fed, is_applied, set_sums, self._forward.take())
+        return global_norm()
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -202,6 +197,11 @@ class Engine:
         parameters = [p for p in self.deepspeed.module.parameters() if p.grad is not None]
         limit = self.config.max_grad_norm or float("inf")
         return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+
+
+def _suspects(losses: Iterable[tuple[torch.Tensor, Any]], *, is_loss: bool) -> tuple[int, ...]:
+    """The rows of the micro-batches whose own loss is no number; all rows where only the gradient is bad."""
+    return tuple(int(row) for loss, rows in losses if not (is_loss and loss.isfinite()) for row in rows)
 
 
 def _initialize(model: torch.nn.Module, adam: torch.optim.Optimizer, config: dict[str, Any]) -> Any:

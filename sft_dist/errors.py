@@ -61,6 +61,12 @@ class HealthError(SftDistError):
         self.nodes = nodes
 
 
+class DivergedError(SftDistError):
+    """Steps whose loss or gradient is no number, and no checkpoint left to go back to; none of them reached the weights."""
+
+    verdict = "diverged"
+
+
 class UnsavedError(CheckpointError):
     """The last steps could not be written, by no fault of the run: started again where there is room, it goes on."""
 

@@ -25,6 +25,7 @@ from sft_dist.data.template import Template
 from sft_dist.data.tokenise import Tokenizer, prompt_ids
 from sft_dist.errors import DataError
 from sft_dist.loss import target_log_probs
+from sft_dist.metrics import Metrics
 from sft_dist.topology import Topology
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -207,6 +208,13 @@ class Evaluator:
                 positive=self.task.positive,
             )
         return values
+
+    def measure(self, step: int, forward: Forward, metrics: Metrics, *, only_samples: bool = False) -> None:
+        """Every metric and the sample answers: what is compared before and after."""
+        if not only_samples:
+            metrics.scalars(step, self.metrics(forward))
+        if answers := self.samples(forward):
+            metrics.samples(step, answers)
 
     def samples(self, forward: Forward) -> list[Mapping[str, str]]:
         """The model's answers to the prompts, with the expected ones."""

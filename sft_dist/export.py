@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from sft_dist.config import RunConfig, read
+from sft_dist.config import read
 from sft_dist.data.records import Turn
 from sft_dist.data.tokenise import Tokenizer, prompt_ids
 from sft_dist.data.work import template_for
@@ -20,6 +20,7 @@ from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.files import publish
 from sft_dist.layout import Fragment, whole
 from sft_dist.manifest import masters
+from sft_dist.schema import RunConfig
 
 ABOUT = "sft_dist.json"  # in an export: which run, step and shards it is from
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

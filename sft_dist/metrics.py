@@ -24,6 +24,7 @@ TAGS = {
     "target_tokens_per_second": "speed/target_tokens_per_second",
     "tokens_per_second": "speed/tokens_per_second",
     "step_seconds": "speed/step_seconds",
+    "steps_not_applied": "train/steps_not_applied",
     "slowest_rank_ratio": "speed/slowest_rank_ratio",
     "memory_bytes": "memory/peak_bytes",
     "checkpoint_stall_seconds": "checkpoint/stall_seconds",

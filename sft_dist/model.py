@@ -7,8 +7,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from sft_dist.config import ModelConfig
 from sft_dist.errors import ModelError
+from sft_dist.schema import ModelConfig
 
 # The names transformers' families give their dropouts.
 _DROPOUTS = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,14 +11,14 @@ from typing import Any
 
 import torch
 
+from sft_dist import account
 from sft_dist.checkpoint import Checkpoints, Saved
 from sft_dist.comms import Comms
-from sft_dist.engine import Applied, Engine
-from sft_dist.errors import SftDistError
-from sft_dist.evaluate import Evaluator, Forward
-from sft_dist.ledger import Ledger
+from sft_dist.engine import Engine
+from sft_dist.evaluate import Evaluator
 from sft_dist.limits import EarlyStopping, Reason, StopRequest
-from sft_dist.metrics import Metrics, peak_memory_bytes
+from sft_dist.metrics import Metrics
+from sft_dist.spikes import BadStep, BadSteps
 from sft_dist.state import TrainState
 from sft_dist.stragglers import Stragglers
 from sft_dist.usage import Budget
@@ -28,14 +27,11 @@ from sft_dist.watchdog import Watchdog
 _log = logging.getLogger("sft_dist")
 
 
-class DivergedError(SftDistError):
-    """The loss or the gradient is no longer a number; nothing of that step is saved."""
-
-    verdict = "diverged"
-
-
 class _AbandonedError(Exception):
     """An evaluation that all ranks agreed to leave, because one was asked to stop."""
+
+
+_NEVER_OVER = BadSteps(roll_back_after=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +62,15 @@ def train(
     is_measured: bool = True,
     early_stopping: EarlyStopping | None = None,
     budget: Budget | None = None,
+    bad_steps: BadSteps = _NEVER_OVER,
+    on_bad_step: Callable[[BadStep], None] = lambda bad: None,
 ) -> tuple[Reason, TrainState]:
     """Feed `steps` to the engine from `state` on, until they end or any rank is asked to stop.
 
     `watchdog` is told of every phase, in which all ranks beat equally often; `stragglers` of the seconds that each rank computed. `epochs_of_sets`, of a mixture: rows consumed -> how often each set was gone through, by name, in the engine's order.
     `is_measured`: False where `state` is that of the last step, and a life before was asked to stop while it measured that one.
-    Returns why it ended and the state that is saved by then. Raises DivergedError on a loss or gradient that is not finite.
+    `bad_steps`: what is done about steps whose loss or gradient is no number; the main rank hears of each by `on_bad_step`.
+    Returns why it ended and the state that is saved by then; that of "diverged" is not: its weights are to blame.
     """
     start_step, budget = state.step, budget or Budget()
     reason: Reason = "completed"
@@ -104,10 +103,8 @@ def train(
                 _log.warning(told)
 
     if state.step == 0:
-        with contextlib.suppress(_AbandonedError):  # the first step's vote will stop the run
-            began = time.perf_counter()
-            _measure(0, logits_unless_stopped, evaluator, metrics)
-            budget.measured(time.perf_counter() - began)
+        with contextlib.suppress(_AbandonedError), budget.measuring():  # the first step's vote will stop the run
+            evaluator.measure(0, logits_unless_stopped, metrics)
 
     for step in steps:
         if early_stopping is not None and early_stopping.is_over(state.best):
@@ -131,20 +128,20 @@ def train(
             denominator=max(1, targets),
             learning_rate=rate,
             should_abandon=lambda: is_to_stop("forward and backward"),
+            total=lambda loss_sum: comms.sum_tensor(loss_sum).item(),
+            norm_limit=bad_steps.norm_limit(state.norms),
         )
         beat("account")
         if applied is None:
             reason = "stopped"
             break
-        loss = comms.sum_tensor(applied.loss_sum.cpu()).item() / max(1, targets)
-        if not _is_number(loss, applied):
-            checkpoints.finish(waiting)
-            raise _diverged(state, step.num_rows, loss, applied)
 
         # account
-        fed, own_seconds = _exchange(applied, comms)
+        loss, fed_from = applied.loss_sum / max(1, targets), state.rows_consumed
+        fed, own_seconds = account.exchange(applied, comms)
         assert fed.rows == step.num_rows, (fed, step)
         seconds = time.perf_counter() - started
+        is_bad = not applied.is_applied and not applied.is_overflow
         state = state.after(
             rows=step.num_rows,
             tokens=tokens,
@@ -153,28 +150,38 @@ def train(
             adam_step=engine.adam_step,
             loss_scale=engine.loss_scale,
             gpu_seconds=seconds * comms.topology.world_size,
+            is_bad=is_bad,
         )
+        if applied.is_applied:
+            state = replace(state, norms=bad_steps.remember(state.norms, applied.grad_norm))
+        if is_bad and (told := account.bad_step(state.step, fed_from, step.num_rows, loss, applied, comms)):
+            on_bad_step(told)
         slowest, told = stragglers.judge(own_seconds) if stragglers is not None else (None, None)
         budget.stepped(state.step, seconds, state.tokens)
         for line in filter(None, (told, budget.told(cadence.last_step))):
             _log.warning(line)
-        if _is_due(state.step, cadence.log_steps):
-            speed = {"target_tokens_per_second": targets / seconds, "tokens_per_second": tokens / seconds}
-            speed |= {"slowest_rank_ratio": slowest} if slowest is not None else {}
-            of_sets = _by_set(applied, comms, epochs_of_sets(state.rows_consumed)) if epochs_of_sets is not None else {}
-            values = {"loss": loss, "learning_rate": rate, **_of_engine(engine, applied), **speed}
-            metrics.scalars(state.step, {**values, "step_seconds": seconds, **of_sets})
+        if _is_due(state.step, cadence.log_steps) or is_bad:
+            epochs = epochs_of_sets(state.rows_consumed) if epochs_of_sets is not None else None
+            values = account.numbers(
+                engine, applied, comms, loss=loss, seconds=seconds, targets=targets, tokens=tokens, epochs=epochs
+            )
+            values |= {"slowest_rank_ratio": slowest} if slowest is not None else {}
+            values |= {"steps_not_applied": state.not_applied} if state.not_applied else {}
+            metrics.scalars(state.step, {"learning_rate": rate, **values})
+        if bad_steps.is_over(state.streak):
+            report(checkpoints.finish(waiting))
+            return "diverged", state
 
         # keep
         is_last = state.step >= cadence.last_step and early_stopping is None  # else it is measured as it is saved
         if _is_due(state.step, cadence.evaluate_steps) and not is_last:
-            with contextlib.suppress(_AbandonedError):  # the next step's vote will stop the run
+            with contextlib.suppress(_AbandonedError), budget.measuring():  # the next step's vote will stop the run
                 measured = evaluator.interim(logits_unless_stopped)
                 metrics.scalars(state.step, measured)
-                state = _judged(state, measured, early_stopping)
+                state = account.judged(state, measured, early_stopping)
         report(checkpoints.finished())
         is_best = state.best is not None and state.best.step == state.step
-        if _is_due(state.step, cadence.checkpoint_steps) or retries or is_best:
+        if (_is_due(state.step, cadence.checkpoint_steps) or retries or is_best) and state.streak is None:
             beat("save")
             report(checkpoints.begin(engine.fragments, state, waiting))
 
@@ -185,7 +192,7 @@ def train(
     if reason in ("completed", "plateaued", "spent") and (state.step > start_step or not is_measured):
         try:
             was_evaluated = early_stopping is not None and state.score_here is not None  # with all scores
-            _measure(state.step, logits_unless_stopped, evaluator, metrics, only_samples=was_evaluated)
+            evaluator.measure(state.step, logits_unless_stopped, metrics, only_samples=was_evaluated)
         except _AbandonedError:
             reason = "stopped"
     beat("save")
@@ -193,62 +200,6 @@ def train(
     if state.step > checkpoints.saved_step:
         report(checkpoints.save(engine.fragments, state, waiting))
     return reason, state
-
-
-def _is_number(loss: float, applied: Applied) -> bool:
-    """Whether the step can be kept; the norm of an fp16 step that was skipped need not be one."""
-    return math.isfinite(loss) and (math.isfinite(applied.grad_norm) or not applied.is_applied)
-
-
-def _diverged(state: TrainState, num_rows: int, loss: float, applied: Applied) -> DivergedError:
-    return DivergedError(
-        f"step {state.step + 1}: loss {loss}, gradient norm {applied.grad_norm} (rows "
-        f"{state.rows_consumed} to {state.rows_consumed + num_rows - 1} of the stream). "
-        "The last checkpoint is untouched; lower train.learning_rate or look at those rows"
-    )
-
-
-def _of_engine(engine: Engine, applied: Applied) -> dict[str, float]:
-    """What the engine knows of the step that it applied, or skipped."""
-    values: dict[str, float] = {"memory_bytes": peak_memory_bytes(engine.peak_device_bytes)}
-    values |= {"grad_norm": applied.grad_norm} if applied.is_applied else {}
-    return values | ({"loss_scale": engine.loss_scale["cur_scale"]} if engine.loss_scale else {})
-
-
-def _judged(state: TrainState, measured: Mapping[str, float], early_stopping: EarlyStopping | None) -> TrainState:
-    """The state with what an evaluation gave: the loss is its score, or what early stopping looks at."""
-    if early_stopping is None:
-        return replace(state, evaluated=(state.step, measured["validation_loss"])) if measured else state
-    value = measured[early_stopping.metric]
-    best = early_stopping.judge(state.best, state.step, value)
-    return replace(state, evaluated=(state.step, early_stopping.score(value)), best=best)
-
-
-def _exchange(applied: Applied, comms: Comms) -> tuple[Ledger, list[float]]:
-    """What all ranks fed, and the seconds that each of them computed: in one exchange, each rank fills its own place."""
-    own = [0] * comms.topology.world_size
-    own[comms.topology.rank] = round(applied.own_seconds * 1e6)
-    rows, *hashes = comms.sum([*applied.fed.tolist(), *own])
-    return Ledger(rows, *hashes[:2]), [microseconds / 1e6 for microseconds in hashes[2:]]
-
-
-def _by_set(applied: Applied, comms: Comms, epochs: Mapping[str, float]) -> dict[str, float]:
-    """Loss of each set that had targets in the step, and how often each set was gone through."""
-    values = {f"epochs/{name}": epoch for name, epoch in epochs.items()}
-    if applied.set_sums is not None:
-        sums, counts = comms.sum_tensor(applied.set_sums.cpu()).tolist()
-        values |= {f"loss/{name}": s / n for name, s, n in zip(epochs, sums, counts, strict=True) if n}
-    return values
-
-
-def _measure(
-    step: int, forward: Forward, evaluator: Evaluator, metrics: Metrics, *, only_samples: bool = False
-) -> None:
-    """Every metric and the sample answers: what is compared before and after."""
-    if not only_samples:
-        metrics.scalars(step, evaluator.metrics(forward))
-    if answers := evaluator.samples(forward):
-        metrics.samples(step, answers)
 
 
 def _is_due(step: int, every: int | None) -> bool:

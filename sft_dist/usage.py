@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -125,10 +125,13 @@ class Budget:
         self._longest_step = max(self._longest_step, seconds)
         self._steps = [*self._steps[:1], (step, self.clock(), tokens)]
 
-    def measured(self, seconds: float) -> None:
-        """How long it took to measure what is measured at the end too."""
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """How long an evaluation takes, for the one at the end; one that is left half done tells nothing."""
+        began = time.perf_counter()
+        yield
         if self.journal is not None:
-            self.journal.measure_seconds = max(self.journal.measure_seconds, seconds)
+            self.journal.measure_seconds = max(self.journal.measure_seconds, time.perf_counter() - began)
 
     def is_spent(self, tokens: int, save_seconds: float) -> bool:
         """Whether one more step, two saves and the last evaluation would be too much; `cause` then tells what of."""

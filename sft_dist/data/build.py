@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist import __version__
-from sft_dist.config import PrepareConfig, SourceConfig, TrainedTokenizer
 from sft_dist.data.merge import Progress, merge
 from sft_dist.data.read import detect, read
 from sft_dist.data.records import Conversation, Drop
@@ -37,6 +36,7 @@ from sft_dist.data.tokenise import Tokenizer, check_inference, train_sentencepie
 from sft_dist.data.work import Job, Piece, template_for, training_texts, work, write_about
 from sft_dist.errors import ConfigError, DataError
 from sft_dist.files import digest_of, hold, publish
+from sft_dist.schema import PrepareConfig, SourceConfig, TrainedTokenizer
 
 SLICE_BYTES = 4 << 20
 MOST_SLICES = 4096

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sft_dist.config import CurateConfig
 from sft_dist.data.records import Conversation, Drop, Turn
 from sft_dist.errors import ConfigError
+from sft_dist.schema import CurateConfig
 
 # What no text means: C0 without tab and line end, DEL; C1, and the byte order mark inside a text.
 _C0 = bytes(code for code in range(32) if code not in (9, 10)) + b"\x7f"

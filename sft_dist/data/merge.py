@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from sft_dist.config import CurateConfig, PrepareConfig
 from sft_dist.data import shards
 from sft_dist.data.curate import words
 from sft_dist.data.pack import pack
@@ -29,6 +28,7 @@ from sft_dist.data.select import quality, select
 from sft_dist.data.sources import slices as cut
 from sft_dist.data.work import Job, documents_of
 from sft_dist.errors import DataError
+from sft_dist.schema import CurateConfig, PrepareConfig
 
 Progress = Callable[[str, int, int, int], None]  # stage, done, total, tokens since the last call
 SPLITS = {"train": TRAIN, "validation": VALIDATION}
@@ -350,7 +350,7 @@ def _write_split(
 
 
 _BLOCK_ROWS = 1024
-_PLACE = np.dtype([("part", "<u4"), ("tokens", "<u4"), ("at", "<u8")])
+_PLACE = np.dtype([("part", "<u4"), ("tokens", "<u4"), ("at", "<u8"), ("line", "<u8")])
 
 
 def _documents(slices: Slices, chosen: np.ndarray, path: Path) -> np.ndarray:
@@ -358,9 +358,11 @@ def _documents(slices: Slices, chosen: np.ndarray, path: Path) -> np.ndarray:
     with path.open("wb") as file:
         for number, (part, base, records) in enumerate(slices.each()):
             mine = np.repeat(chosen[base : base + len(records)], records["documents"])
+            lines = np.repeat(records["line"], records["documents"])
             found = part.documents[mine]
             places = np.empty(len(found), _PLACE)
             places["part"], places["tokens"], places["at"] = number, found["tokens"], found["at"]
+            places["line"] = lines[mine]
             places.tofile(file)
     return np.memmap(path, _PLACE, "r") if path.stat().st_size else np.empty(0, _PLACE)
 
@@ -396,8 +398,8 @@ class Layout:
             pieces = np.fromfile(self.pieces, "<i8", (bounds[-1] - bounds[0]) * 3, offset=bounds[0] * 24).reshape(-1, 3)
             found = documents[pieces[:, 0]].tolist()
             made = [
-                reader.read(part, at, tokens, start, count)
-                for (part, tokens, at), (_, start, count) in zip(found, pieces.tolist(), strict=True)
+                reader.read(part, at, tokens, line, start, count)
+                for (part, tokens, at, line), (_, start, count) in zip(found, pieces.tolist(), strict=True)
             ]
             for left, right in itertools.pairwise(bounds):
                 yield made[left - bounds[0] : right - bounds[0]]

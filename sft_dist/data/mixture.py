@@ -54,6 +54,11 @@ class Joined:
         # ascending numbers, the fast case, need no second copy
         return together if (order[1:] > order[:-1]).all() else together.take(np.argsort(order))
 
+    def origins(self, row: int) -> list[str]:
+        """`file:record` of each document of a row; nothing where it is not known."""
+        number = int(self.set_of(np.array([row]))[0])
+        return self.sets[number].origins(row - int(self.starts[number]))
+
     def counts(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(tokens without padding, target tokens) of each of these rows, int64 [n]."""
         counts = np.empty((2, len(rows)), np.int64)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from sft_dist.config import Column, SourceConfig
 from sft_dist.data.records import Conversation, Document, Drop, Turn
 from sft_dist.data.sources import HUB, Slice, columns_missing, digest, files, first_rows, kind_of, rows, slices
 from sft_dist.errors import DataError
+from sft_dist.schema import Column, SourceConfig
 
 __all__ = ["ROLES", "UNREADABLE", "Slice", "detect", "digest", "files", "read", "slices"]
 

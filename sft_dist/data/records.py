@@ -92,3 +92,13 @@ class Document:
     def num_targets(self) -> int:
         """Tokens that carry loss."""
         return int(np.count_nonzero(self.targets))
+
+
+def parted(where: str) -> tuple[str, int]:
+    """The file of a record, with what stands before its number, and the number.
+
+    >>> parted("sms.tsv:3"), parted("chats.parquet:#12")
+    (('sms.tsv:', 3), ('chats.parquet:#', 12))
+    """
+    prefix, _, number = where.rpartition(":")
+    return (f"{prefix}:#", int(number[1:])) if number.startswith("#") else (f"{prefix}:", int(number))

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from sft_dist.data.records import Conversation, Document, Drop, Turn
+from sft_dist.data.records import Conversation, Document, Drop, Turn, parted
 from sft_dist.files import publish
 
 _FLUSH_RECORDS = 65_536
@@ -106,11 +106,7 @@ class SliceWriter:
         text: str | None = None,
     ) -> None:
         """A record that became documents; `digests` of (content, prompt, opening), 16 bytes each; `text`: its JSON, to be kept."""
-        prefix, _, line = where.rpartition(":")
-        if line[0] == "#":
-            prefix, line = f"{prefix}:#", line[1:]
-        else:
-            prefix += ":"
+        prefix, line = parted(where)
         assert self._prefix in ("", prefix), (self._prefix, prefix)  # a slice is of one file
         self._prefix, targets = prefix, 0
         for document in documents:
@@ -127,7 +123,7 @@ class SliceWriter:
             self._text_at += len(line_bytes)
         place = -1 if label is None else self._labels.setdefault(label, len(self._labels))
         self._digests.append(b"".join(digests))
-        self._records.append((int(line), text_at, len(documents), targets, place, split))
+        self._records.append((line, text_at, len(documents), targets, place, split))
         if len(self._records) >= _FLUSH_RECORDS:
             self._flush()
 
@@ -243,13 +239,13 @@ class DocumentReader:
     def __init__(self, slices: Slices) -> None:
         self._slices, self._files = slices, {}
 
-    def read(self, part: int, at: int, tokens: int, start: int, count: int) -> Document:
-        """`count` tokens from `start` on of a document; the first token of a piece is context."""
+    def read(self, part: int, at: int, tokens: int, line: int, start: int, count: int) -> Document:
+        """`count` tokens from `start` on of a document of the record `line`; the first token of a piece is context."""
         if part not in self._files:
             if len(self._files) >= 64:  # documents of a row window come from few slices
                 os.close(self._files.pop(next(iter(self._files))))
             self._files[part] = os.open(self._slices.parts[part].folder / "documents.bin", os.O_RDONLY)
-        file, size, where = self._files[part], self._slices.dtype.itemsize, self._slices.parts[part].about["prefix"]
+        file, size, where = self._files[part], self._slices.dtype.itemsize, self._slices.parts[part].where(line)
         if count == tokens:
             blob = os.pread(file, tokens * size + -(-tokens // 8), at)
             ids, bits, skip = np.frombuffer(blob, self._slices.dtype, tokens), blob[tokens * size :], 0

@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from sft_dist.data import origins
+from sft_dist.data.origins import OriginsWriter
 from sft_dist.data.records import Document
 from sft_dist.errors import DataError
 from sft_dist.files import describe, digest_of, sync
@@ -183,7 +185,7 @@ def write_shard(
     """
     rows_of, documents, tokens, targets = 0, 0, 0, 0
     path, digest = folder / f"{number:05d}.rows", hashlib.blake2b(digest_size=16)
-    iterator = iter(rows)
+    iterator, places = iter(rows), OriginsWriter(folder, number)
     with path.open("wb") as file:
         while block := list(itertools.islice(iterator, _BLOCK_ROWS)):
             records = _records(block, seq_len, vocab_size, pad_id)
@@ -191,12 +193,13 @@ def write_shard(
             documents += sum(len(row) for row in block)
             tokens += int(records["length"].sum())
             targets += int(records["num_targets"].sum())
+            places.add(document.where for row in block for document in row)
             content = records.tobytes()
             file.write(content)
             digest.update(content)
     sync(path)
     entry = {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
-    return ShardAbout(rows_of, documents, tokens, targets, {path.name: entry})
+    return ShardAbout(rows_of, documents, tokens, targets, {path.name: entry, **places.close()})
 
 
 def write_manifest(
@@ -204,7 +207,8 @@ def write_manifest(
 ) -> Manifest:
     """Write `manifest.json` for shards that are all there."""
     files = {name: entry for part in parts for name, entry in part.files.items()}
-    data = hashlib.blake2b("".join(f"{n}{files[n]['blake2b']}" for n in sorted(files)).encode(), digest_size=16)
+    rows = [name for name in sorted(files) if name.endswith(".rows")]  # the same data wherever it came from
+    data = hashlib.blake2b("".join(f"{n}{files[n]['blake2b']}" for n in rows).encode(), digest_size=16)
     totals = {name: sum(getattr(part, name) for part in parts) for name in ("rows", "documents", "tokens", "targets")}
     manifest = Manifest(
         seq_len=seq_len,
@@ -345,6 +349,28 @@ class Shards:
         shards = range(-(-self.num_rows // self.manifest.rows_per_shard))
         return np.concatenate([np.bitwise_count(self._map(n)["starts"]).sum(axis=1, dtype=np.int64) for n in shards])
 
+    def origins(self, row: int) -> list[str]:
+        """`file:record` of each document of a row; nothing where the shards were written without."""
+        shard, place = divmod(row, self.manifest.rows_per_shard)
+        found = origins.read(self.folder, shard, self.manifest.files)
+        if found is None:
+            return []
+        ends = np.bitwise_count(self._map(shard)["starts"][: place + 1]).sum(axis=1, dtype=np.int64).cumsum()
+        first, last = (ends[place - 1] if place else 0), ends[place]
+        return [f"{found[0][source]}{number}" for source, number in found[1][first:last].tolist()]
+
+    def sources(self) -> tuple[list[str], np.ndarray]:
+        """The files that the documents came from, and which one each is of: int64 [documents]; none where it is not known."""
+        names: dict[str, int] = {}
+        parts = []
+        for shard in range(-(-self.num_rows // self.manifest.rows_per_shard)):
+            found = origins.read(self.folder, shard, self.manifest.files)
+            if found is None:
+                return [], np.empty(0, np.int64)
+            places = [names.setdefault(prefix.rstrip("#").rstrip(":"), len(names)) for prefix in found[0]]
+            parts.append(np.array(places, np.int64)[found[1]["source"]])
+        return list(names), np.concatenate(parts)
+
     def _check_rows(self, numbers: np.ndarray, records: np.ndarray) -> None:
         damaged = np.flatnonzero(digests(records) != records["digest"])
         if damaged.size:
@@ -399,8 +425,9 @@ def _sound(manifest: Manifest) -> Manifest:
         left -= rows
         if manifest.files.get(name, {}).get("bytes") != rows * row_bytes:
             raise ValueError(f"{name} does not hold {rows} rows of {row_bytes} bytes")
-    if len(manifest.files) != number + 1:
-        raise ValueError(f"{len(manifest.files)} files for {manifest.rows} rows")
+    known = {name for at in range(number + 1) for name in (f"{at:05d}.rows", origins.file_name(at))}
+    if more := sorted(manifest.files.keys() - known):
+        raise ValueError(f"{more[0]}: not a file of {manifest.rows} rows")
     return manifest
 
 
@@ -424,5 +451,5 @@ def _check(path: Path, entry: dict[str, Any], *, is_whole: bool) -> None:
         raise DataError(f"{path}: missing; {_REMEDY}") from None
     if size != entry["bytes"]:
         raise DataError(f"{path}: {size} bytes, the manifest says {entry['bytes']}; {_REMEDY}")
-    if is_whole and describe(path) != entry:
+    if is_whole and describe(path) != {name: entry[name] for name in ("bytes", "blake2b")}:
         raise DataError(f"{path}: its bytes are not the ones that were written; {_REMEDY}")

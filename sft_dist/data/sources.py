@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sft_dist.config import Column, SourceConfig
 from sft_dist.data import token_files
 from sft_dist.data.records import Drop
 from sft_dist.errors import DataError
+from sft_dist.schema import Column, SourceConfig
 
 HUB = "hf:"
 MAX_LINE_BYTES = 64 << 20

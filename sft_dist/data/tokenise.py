@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from sft_dist.config import SentencePieceTraining
 from sft_dist.data.records import Document, Drop, Span
 from sft_dist.errors import DataError
+from sft_dist.schema import SentencePieceTraining
 
 if TYPE_CHECKING:
     import tokenizers

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from sft_dist.config import PrepareConfig, SourceConfig
 from sft_dist.data.curate import Curator, digests, is_validation
 from sft_dist.data.read import Slice, read
 from sft_dist.data.records import Conversation, Document, Drop
@@ -21,6 +20,7 @@ from sft_dist.data.shards import token_dtype
 from sft_dist.data.template import TokenizerTexts, template_from
 from sft_dist.data.tokenise import Tokenizer, fit, tokenise
 from sft_dist.errors import DataError
+from sft_dist.schema import PrepareConfig, SourceConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,7 +186,7 @@ def test_deepspeed_knows_every_key_that_a_zero_file_may_have():
 def zero_keys(topology):
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    from sft_dist.config import _ZERO_KEYS
+    from sft_dist.zero import _ZERO_KEYS
 
     fields = DeepSpeedZeroConfig.model_fields
     return set(fields) | {field.alias for field in fields.values() if field.alias}, _ZERO_KEYS

@@ -37,7 +37,7 @@ def applied(topology, num_sets):
         mine = [OfSets(batch) for batch in tiny.micro_batches(step, 2)][topology.rank :: topology.world_size]
         did = made.learn(mine, denominator=int(tiny.rows(step).targets.sum()), learning_rate=1e-3)
         sums = comms.sum_tensor(did.set_sums.clone()).tolist() if num_sets > 1 else None
-        done.append((did.loss_sum.item(), did.grad_norm, comms.sum_tensor(did.loss_sum.clone()).item(), sums))
+        done.append((did.loss_sum, did.grad_norm, comms.sum_tensor(torch.tensor(did.loss_sum, dtype=torch.float64)).item(), sums))
     return done
 
 

@@ -14,6 +14,7 @@ from sft_dist.evaluate import Evaluator
 from sft_dist.limits import StopRequest
 from sft_dist.metrics import Metrics
 from sft_dist.retention import Retention
+from sft_dist.spikes import BadSteps, Streak
 from sft_dist.state import TrainState
 from sft_dist.stragglers import Stragglers
 from sft_dist.trainer import Cadence, train
@@ -68,14 +69,14 @@ def steps(topology, count):
     return made
 
 
-def loop(topology, folder, count=6, asked_times=None, poison=False, cadence=None, slow_rank=None):
-    made, comms = tiny.engine(topology, 2, micro_batch_rows=1)
+def loop(topology, folder, count=6, asked_times=None, poison=(), cadence=None, slow_rank=None, bad_steps=None, stage=2, precision="fp32"):
+    made, comms = tiny.engine(topology, stage, micro_batch_rows=1, precision=precision)
     if topology.rank == slow_rank:
         forward = made._loss_sum
         made._loss_sum = lambda *batch: time.sleep(0.06) or forward(*batch)
-    if poison:
-        with torch.no_grad():
-            next(made.deepspeed.module.parameters()).fill_(float("nan"))
+    if poison and topology.rank == 1:
+        plant(made, poison)
+    bad = []
     kept = Kept()
     stop = WantsToStop(asked_times) if asked_times is not None and topology.rank == 1 else StopRequest()
     checkpoints = Checkpoints(folder, identity={}, attachments={}, retention=Retention(3), stage=2, comms=comms)
@@ -91,8 +92,28 @@ def loop(topology, folder, count=6, asked_times=None, poison=False, cadence=None
         stop=stop,
         cadence=cadence or Cadence(last_step=count),
         stragglers=Stragglers(["n1", "n2"]) if slow_rank is not None else None,
+        bad_steps=bad_steps or BadSteps(),
+        on_bad_step=bad.append,
     )
+    if bad_steps or poison:
+        masters = [(f.name, f.offset, f.values["master"].tolist()) for f in made.fragments()]
+        return reason, state, kept.lines, sorted(path.name for path in folder.glob("step-*")), bad, masters
     return reason, state, kept.lines, sorted(path.name for path in folder.glob("step-*"))
+
+
+def plant(made, poison):
+    """Faults of this rank: {the n-th micro-batch that is trained on: what its loss, or only its gradient, is multiplied by}."""
+    forward, count = made._loss_sum, iter(range(10_000))
+
+    def poisoned(*batch):
+        loss, at = forward(*batch), next(count)
+        factor, is_gradient = poison.get(at, (1.0, False))
+        if is_gradient:
+            loss.register_hook(lambda gradient: gradient * factor)
+            return loss
+        return loss * factor
+
+    made._loss_sum = poisoned
 
 
 def test_the_rank_that_all_wait_for_is_named(tmp_path):
@@ -158,10 +179,11 @@ def test_the_wish_of_one_rank_stops_all_after_a_completed_step(tmp_path, asked_t
         assert saved == ([f"step-{done:08d}"] if done else [])
 
 
-class AtTheEnd:
+class AtTheEnd(Evaluator):
     """Measures with three forward passes, in the second of which this rank is asked to stop: by the flag it is given."""
 
-    def __init__(self, stop=None):
+    def __init__(self, comms, stop=None):
+        super().__init__(comms, None, None)
         self.stop, self.count = stop, 0
 
     def metrics(self, forward):
@@ -190,7 +212,7 @@ def _left_while_measured(topology, folder):
             comms=comms,
             state=state,
             learning_rate=lambda step: 1e-3,
-            evaluator=AtTheEnd(stop if is_asked and topology.rank == 1 else None),
+            evaluator=AtTheEnd(comms, stop if is_asked and topology.rank == 1 else None),
             checkpoints=checkpoints,
             metrics=Metrics((kept,)),
             stop=stop,
@@ -206,12 +228,70 @@ def test_asked_to_stop_while_the_end_is_measured_it_stops_and_measures_in_its_ne
         assert told == [("stopped", 2, [0]), ("completed", 2, [2])]
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing(tmp_path):
-    with pytest.raises(
-        RankError, match=r"DivergedError: step 1: loss nan, .*rows 0 to 7 of the stream.*lower train\.learning_rate"
-    ):
-        run_workers(loop, 2, tmp_path, poison=True)
-    assert not list(tmp_path.glob("step-*"))
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3, "2_offload", "3_offload"])
+@pytest.mark.parametrize(("factor", "is_gradient"), [(NAN, False), (INF, True)])
+def test_a_bad_number_never_reaches_the_weights(tmp_path, stage, factor, is_gradient):
+    """Step 2 of 3, the third of this rank's four micro-batches: the weights are those of the other two steps alone."""
+    poison = {4 + 2: (factor, is_gradient)}
+    ranks = run_workers(loop, 2, tmp_path / "run", 3, poison=poison, stage=stage)
+    without = run_workers(_without_second, 2, stage)
+    for (reason, state, lines, saved, bad, masters), expected in zip(ranks, without, strict=True):
+        assert (reason, state.step, state.not_applied, state.adam_step) == ("completed", 3, 1, 2)
+        assert (state.rows_consumed, state.streak, saved) == (24, None, ["step-00000003"])
+        assert len(masters) == len(expected)
+        for (name, begin, ours), (other, at, theirs) in zip(masters, expected, strict=True):
+            assert (name, begin) == (other, at)
+            assert ours == theirs, name
+        told = {step: values for step, values in lines if "learning_rate" in values}
+        assert "grad_norm" not in told[2]
+        assert told[2]["steps_not_applied"] == told[3]["steps_not_applied"] == 1
+        assert all(number == number and abs(number) < INF for values in told.values() for number in values.values())
+    [one] = ranks[0][4]
+    assert (one.step, one.begin, one.end) == (2, 8, 16)
+    # the micro-batch is named where its loss tells; else all rows of the step
+    assert len(one.rows) == (8 if is_gradient else 1)
+    assert ranks[1][4] == []
+
+
+def _without_second(topology, stage):
+    made, _ = tiny.engine(topology, stage, micro_batch_rows=1)
+    for number in (0, 2):
+        step = steps(topology, 3)[number]
+        made.learn(step.micro_batches, denominator=int(tiny.rows(number).targets.sum()), learning_rate=1e-3)
+    return [(f.name, f.offset, f.values["master"].tolist()) for f in made.fragments()]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_nor_in_bf16(tmp_path, stage):
+    for at in (0, 4):  # the very first step, when there are no moments yet, and the next one
+        ranks = run_workers(
+            loop, 2, tmp_path / str(at), 2, poison={at: (NAN, False)}, stage=stage, precision="bf16"
+        )
+        for _, state, _, _, _, masters in ranks:
+            assert (state.not_applied, state.adam_step) == (1, 1)
+            assert all(value - value == 0 for _, _, values in masters for value in values)
+
+
+def test_an_unusual_gradient_norm_is_bad_where_that_is_asked_for(tmp_path):
+    """Step 21 of 22: its gradient is 300 times as large as it should be."""
+    poison = {4 * 20 + at: (300.0, True) for at in range(4)}
+    for spike_z, count in ((10.0, 1), (None, 0)):
+        ranks = run_workers(loop, 2, tmp_path / str(count), 22, poison=poison, bad_steps=BadSteps(spike_z=spike_z))
+        for _, state, *_ in ranks:
+            assert (state.not_applied, state.adam_step) == (count, 22 - count)
+            assert len(state.norms) == (21 if count else 0)
+        assert [bad.step for bad in ranks[0][4]] == [21] * count
+
+
+def test_so_many_in_a_row_end_the_loop_and_are_not_saved(tmp_path):
+    poison = {4 * step: (NAN, False) for step in (2, 3, 4)}
+    cadence = Cadence(6, checkpoint_steps=1)
+    for reason, state, _, saved, *_ in run_workers(loop, 2, tmp_path, 6, poison=poison, cadence=cadence):
+        assert (reason, state.step, state.streak) == ("diverged", 5, Streak(3, 16, steps=3))
+        assert saved == ["step-00000001", "step-00000002"]
 
 
 def hang(topology):

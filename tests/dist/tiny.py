@@ -8,8 +8,11 @@ import torch
 
 from sft_dist.attention import packed_logits
 from sft_dist.comms import Comms
-from sft_dist.config import ModelConfig, TrainConfig, derive_batch, zero_config
-from sft_dist.engine import Engine, decay_groups
+from sft_dist.schema import ModelConfig, TrainConfig
+from sft_dist.batch import derive_batch
+from sft_dist.zero import zero_config
+from sft_dist.engine import Engine
+from sft_dist.optimizer import decay_groups
 from sft_dist.loss import target_log_probs
 from sft_dist.model import build, model_config
 
@@ -109,8 +112,10 @@ def learn(made: Engine, comms: Comms, steps: range) -> list[tuple[float, float]]
         batches = micro_batches(step, made.config.micro_batch_rows, count)
         denominator = int(rows(step, count).targets.sum())
         mine = batches[comms.topology.rank :: comms.topology.world_size]
-        applied = made.learn(mine, denominator=denominator, learning_rate=1e-3)
-        curve.append((comms.sum_tensor(applied.loss_sum).item() / denominator, applied.grad_norm))
+        applied = made.learn(
+            mine, denominator=denominator, learning_rate=1e-3, total=lambda one: comms.sum_tensor(one).item()
+        )
+        curve.append((applied.loss_sum / denominator, applied.grad_norm))
     return curve
 
 

@@ -9,19 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sft_dist.config import (
-    Batch,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-    derive_batch,
-    load,
-    num_steps,
-    total_rows,
-    zero_config,
-    zero_stage,
-)
+from sft_dist.batch import Batch, derive_batch, num_steps, total_rows
+from sft_dist.config import load
 from sft_dist.errors import ConfigError
+from sft_dist.schema import ModelConfig, RunConfig, TrainConfig
+from sft_dist.zero import zero_config, zero_stage
 
 ROOT = Path(__file__).parents[2]
 RUN = {

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from sft_dist.attention import packed_logits
-from sft_dist.config import ModelConfig, PrepareConfig, SentencePieceTraining, SourceConfig, TrainedTokenizer
 from sft_dist.data.build import prepare, read_conversations
 from sft_dist.data.loader import Loader
 from sft_dist.data.records import Conversation, Document, Turn
@@ -27,6 +26,7 @@ from sft_dist.evaluate import (
     validation_loss,
 )
 from sft_dist.model import build, model_config
+from sft_dist.schema import ModelConfig, PrepareConfig, SentencePieceTraining, SourceConfig, TrainedTokenizer
 from sft_dist.topology import Topology
 
 QUESTION = "Colour of {text}?\nAnswer:"

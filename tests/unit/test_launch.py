@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 from launch import local, train
-from sft_dist.config import RunConfig, load
+from sft_dist.config import load
 from sft_dist.errors import CheckpointError, ConfigError, DataError, HealthError
 from sft_dist.limits import SIGNALS, Verdict
+from sft_dist.schema import RunConfig
 from sft_dist.topology import Life, Topology
 from tests.unit.prepared_runs import records, run_file, sft_dist
 
@@ -584,9 +585,9 @@ def model(shards, tmp_path_factory):
     """A little model with the tokenizer of the shards, as another tool would leave it."""
     import shutil
 
-    from sft_dist.config import ModelConfig
     from sft_dist.data.tokenise import Tokenizer
     from sft_dist.model import build, model_config
+    from sft_dist.schema import ModelConfig
 
     folder = tmp_path_factory.mktemp("model")
     tokenizer = Tokenizer.load(str(shards / "out" / "tokenizer"))

@@ -10,19 +10,22 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROWS = [
     "errors files data.records",
-    "config topology identity",
-    "data.token_files data.order schedule limits ledger watchdog usage",
+    "schema topology identity",
+    "batch",
+    "zero",
+    "config",
+    "data.token_files data.origins data.order schedule limits spikes ledger watchdog usage",
     "state",
     "retention",
     "data.sources",
     "data.read data.curate data.template data.tokenise data.pack data.shards data.repeats data.select data.scratch",
     "data.work data.mixture",
     "data.merge",
-    "data.build data.loader data.view comms loss metrics attention layout stragglers",
+    "data.build data.loader data.view comms loss metrics attention layout stragglers optimizer",
     "model engine store foreign",
     "manifest",
     "checkpoint",
-    "evaluate export verify preflight health",
+    "account evaluate export verify preflight health",
     "trainer",
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row.split()}
@@ -33,7 +36,11 @@ STAGES = {
 TORCH_FREE = {
     "errors",
     "files",
+    "schema",
+    "batch",
+    "zero",
     "config",
+    "spikes",
     "topology",
     "schedule",
     "limits",

@@ -5,9 +5,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft_dist.attention import packed_logits
-from sft_dist.config import ModelConfig
 from sft_dist.errors import ModelError
 from sft_dist.model import build, has_dropout, model_config
+from sft_dist.schema import ModelConfig
 
 SHARDS = {"vocab_size": 64, "seq_len": 16, "eos_id": 1}
 GPT2 = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2}

@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,11 @@ def test_a_beat_is_written_while_nobody_asks(tmp_path, monkeypatch):
 def test_what_it_took_to_measure_is_known_to_the_next_life(tmp_path):
     path = tmp_path / "usage.jsonl"
     with Journal(path, "7-0", gpus=1, began=0.0) as journal:
-        Budget(journal=journal).measured(12.5)
-    assert Journal(path, "7-1", gpus=1, began=0.0).measure_seconds == 12.5
+        with Budget(journal=journal).measuring():
+            time.sleep(0.02)
+        took = journal.measure_seconds
+    assert took >= 0.02
+    assert Journal(path, "7-1", gpus=1, began=0.0).measure_seconds == took
 
 
 def test_a_full_disk_costs_no_run_and_the_account_is_told_later(tmp_path, clock, caplog, monkeypatch):

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sft_dist.config import CurateConfig, PrepareConfig, SentencePieceTraining, SourceConfig, TrainedTokenizer
 from sft_dist.data.build import Task, prepare, read_conversations
 from sft_dist.data.merge import Funnel
 from sft_dist.data.records import Conversation, Turn
@@ -20,6 +19,7 @@ from sft_dist.data.shards import Shards
 from sft_dist.data.tokenise import Tokenizer, train_sentencepiece
 from sft_dist.errors import ConfigError, DataError
 from sft_dist.files import hold
+from sft_dist.schema import CurateConfig, PrepareConfig, SentencePieceTraining, SourceConfig, TrainedTokenizer
 
 TRAINING = SentencePieceTraining(vocab_size=350)
 ALL = CurateConfig(near_validation=None)  # the sentences below are much alike, on purpose

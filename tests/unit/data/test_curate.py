@@ -7,10 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sft_dist.config import CurateConfig
 from sft_dist.data.curate import Curator, digests, is_validation, repetition, symbols, words
 from sft_dist.data.records import Conversation, Drop, Turn
 from sft_dist.errors import ConfigError
+from sft_dist.schema import CurateConfig
 
 
 def pair(prompt, response, where="f:1"):

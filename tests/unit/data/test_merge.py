@@ -5,11 +5,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sft_dist.config import CurateConfig, PrepareConfig, SelectConfig, SentencePieceTraining, SourceConfig
 from sft_dist.data.build import prepare, read_conversations
 from sft_dist.data.merge import Funnel
 from sft_dist.data.shards import Shards
 from sft_dist.data.tokenise import Tokenizer, train_sentencepiece
+from sft_dist.schema import CurateConfig, PrepareConfig, SelectConfig, SentencePieceTraining, SourceConfig
 
 WORDS = [f"{a}{b}" for a in ("al", "be", "cor", "du", "el", "fi") for b in ("ta", "no", "mi", "ra", "su", "ke")]
 

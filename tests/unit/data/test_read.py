@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_dist.config import SourceConfig
 from sft_dist.data.read import UNREADABLE, detect, read, slices
 from sft_dist.data.records import Conversation, Drop, Turn
 from sft_dist.errors import DataError
+from sft_dist.schema import SourceConfig
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}

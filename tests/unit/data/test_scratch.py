@@ -92,7 +92,7 @@ def test_records_documents_and_texts_are_read_back(tmp_path_factory, records, dt
     assert list(part.texts(found["text_at"][has_text])) == lines
     reader = DocumentReader(Slices([folder], dtype))
     for document, (at, tokens) in zip([d for group in made for d in group], part.documents.tolist(), strict=True):
-        again = reader.read(0, at, tokens, 0, tokens)
+        again = reader.read(0, at, tokens, 1, 0, tokens)
         assert (again.ids.tolist(), again.targets.tolist()) == (document.ids.tolist(), document.targets.tolist())
     reader.close()
 
@@ -106,7 +106,7 @@ def test_a_piece_of_a_document_begins_with_context(tmp_path_factory, flags, data
     count = data.draw(st.integers(1, tokens))
     start = data.draw(st.integers(0, tokens - count))
     reader = DocumentReader(Slices([folder], np.uint16))
-    piece = reader.read(0, at, tokens, start, count)
+    piece = reader.read(0, at, tokens, 1, start, count)
     reader.close()
     wanted = flags[start : start + count]
     assert piece.ids.tolist() == list(range(start, start + count))
@@ -175,7 +175,7 @@ def test_documents_of_more_slices_than_files_are_open(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):
         for number in range(count):
-            assert reader.read(number, 0, 2, 0, 2).ids.tolist() == [number, number + 1]
+            assert reader.read(number, 0, 2, 1, 0, 2).ids.tolist() == [number, number + 1]
     assert len(os.listdir("/proc/self/fd")) - before <= 64
     reader.close()
     assert len(os.listdir("/proc/self/fd")) == before

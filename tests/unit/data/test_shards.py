@@ -46,6 +46,20 @@ def test_what_is_read_is_what_was_written(tmp_path_factory, lengths, seq_len, ro
     tokens, targets = sum(len(d.ids) for d in everything), sum(d.num_targets for d in everything)
     assert shards.count(np.arange(len(rows))) == (tokens, targets) == (manifest.tokens, manifest.targets)
     assert shards.documents_per_row().tolist() == [len(row) for row in rows]
+    assert [shards.origins(number) for number in range(len(rows))] == [[d.where for d in row] for row in rows]
+    names, of_documents = shards.sources()
+    assert (names, of_documents.tolist()) == (["f"], [0] * len(everything))
+
+
+def test_shards_that_do_not_know_their_origins_are_read(tmp_path):
+    folder = made(tmp_path)
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    values.pop("digest")
+    values["files"] = {name: entry for name, entry in values["files"].items() if name.endswith(".rows")}
+    path.write_text(json.dumps({**values, "digest": digest_of(values)}))
+    shards = Shards.open(folder, verify=True)
+    assert (shards.origins(0), shards.sources()[0]) == ([], [])
 
 
 def made(tmp_path):
@@ -107,10 +121,12 @@ def test_every_flipped_byte_is_found(tmp_path):
             path.write_bytes(content)
             with pytest.raises(DataError, match=f"{path.name}: its bytes are not the ones that were written"):
                 Shards.open(folder, verify=True)
-            with pytest.raises(
-                DataError, match=rf"{path.name}: row 0: its bytes are not the ones that were written; prepare"
-            ):
-                Shards.open(folder).stored(np.arange(2))
+            is_rows = path.suffix == ".rows"
+            told = f"{path.name}: {'row 0: ' if is_rows else ''}its bytes are not the ones that were written; prepare"
+            with pytest.raises(DataError, match=told):
+                Shards.open(folder).stored(np.arange(2)) if is_rows else [
+                    Shards.open(folder).origins(row) for row in range(2)
+                ]
             content[place] ^= 1
         path.write_bytes(content)
     Shards.open(folder, verify=True)
@@ -157,7 +173,7 @@ def test_a_token_costs_two_bytes_and_a_quarter(tmp_path):
         ({"rows_per_shard": "8"}, "'8' a shard"),
         ({"dtype": "|O"}, r"tokens of dtype '\|O'"),
         ({"files": {"../x": {"bytes": 2}}}, "00000.rows does not hold"),
-        ({"rows": 1}, "2 files for 1 rows"),
+        ({"rows": 1}, "00001.origins: not a file of 1 rows"),
         ({"more": 1}, "unexpected keyword argument 'more'"),
     ],
 )

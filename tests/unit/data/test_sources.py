@@ -13,10 +13,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_dist.config import SourceConfig
 from sft_dist.data import sources, token_files
 from sft_dist.data.sources import columns_missing, digest, files, kind_of, rows, slices
 from sft_dist.errors import DataError
+from sft_dist.schema import SourceConfig
 
 BOM = b"\xef\xbb\xbf"
 

@@ -14,7 +14,6 @@ from tokenizers import Tokenizer as Fast
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from sft_dist.config import SentencePieceTraining
 from sft_dist.data.records import Document, Drop, Span
 from sft_dist.data.tokenise import (
     Tokenizer,
@@ -26,6 +25,7 @@ from sft_dist.data.tokenise import (
     train_sentencepiece,
 )
 from sft_dist.errors import DataError
+from sft_dist.schema import SentencePieceTraining
 
 TEXTS = [f"message {n} says hello to the {word} world, isn't it" for n in range(300) for word in ("big", "wide")]
 TRAINING = SentencePieceTraining(vocab_size=400)

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sft_dist.config import SentencePieceTraining
 from sft_dist.data.records import Document, Span
 from sft_dist.data.shards import Shards, write
 from sft_dist.data.tokenise import tokenise, train_sentencepiece
@@ -31,6 +30,7 @@ from sft_dist.data.view import (
     write_page,
 )
 from sft_dist.errors import DataError
+from sft_dist.schema import SentencePieceTraining
 from tests.unit.data.test_shards import ABOUT, documents
 
 TEXTS = [f"message {n} says hello to the {word} world, isn't it 😀" for n in range(150) for word in ("big", "wide")]

@@ -1,0 +1,144 @@
+"""Rows that give no number: whole runs that leave them out, and go back where the weights are to blame."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.after import verify_run
+from sft_dist.config import load
+from sft_dist.data.build import prepare
+from sft_dist.data.shards import Shards
+from sft_dist.limits import StopRequest
+from tests.invariants import runs
+from tests.workers import RankError, run_workers
+
+PLAIN = ("train.schedule=constant", "train.warmup_ratio=0", "evaluate.samples=0", "checkpoint.every_steps=4")
+POISONED = range(48, 72)  # the ordinals of steps 7, 8 and 9; the checkpoint before is that of step 4
+
+
+class OnceBack(StopRequest):
+    """Wanted once the run has rolled back and done one step again."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__()
+        self.run_dir = run_dir
+
+    def is_wanted(self) -> bool:
+        listed = self.run_dir / "bad_rows.jsonl"
+        is_back = listed.exists() and len(listed.read_text().splitlines()) == 3
+        if is_back and [line["step"] for line in runs.curve(self.run_dir) if "loss" in line][-1:] == [5]:
+            self.cause = "the test"
+        return self.cause is not None
+
+
+def run(topology, path, overrides, poisoned=(), skip_rows=0, stops_once_back=False):
+    import os
+
+    import torch
+
+    from launch import train
+    from sft_dist.engine import Engine
+    from sft_dist.topology import Life
+
+    torch.set_num_threads(1)
+    os.environ["WORLD_SIZE"] = str(topology.world_size)
+    config = load(path, overrides)
+    plan = train.Plan.of(config, topology, Life("test"), train.Resume(skip_rows=skip_rows))
+    forward = Engine._loss_sum
+
+    def poison(engine, micro_batch, *rest):
+        loss = forward(engine, micro_batch, *rest)
+        first = micro_batch.first_ordinal
+        return loss * float("nan") if set(poisoned) & set(range(first, first + len(micro_batch.rows))) else loss
+
+    Engine._loss_sum = poison
+    return train.run_plan(plan, OnceBack(Path(config.run_dir)) if stops_once_back else StopRequest())
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("task")
+    path = runs.run_file(folder)
+    prepare(load(path).prepare)
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(task, tmp_path_factory):
+    """What a person would have done by hand: stop after step 6, and go on 24 rows later."""
+    run_dir = tmp_path_factory.mktemp("expected") / "run"
+    where = (f"run_dir={run_dir}", *PLAIN)
+    run_workers(run, 2, task, (*where, "train.max_steps=6"))
+    run_workers(run, 2, task, where, skip_rows=len(POISONED))
+    return run_dir
+
+
+def test_the_run_goes_back_and_past_the_rows(task, expected, tmp_path):
+    run_dir = tmp_path / "run"
+    run_workers(run, 2, task, (f"run_dir={run_dir}", *PLAIN), poisoned=POISONED)
+    assert runs.numbers(run_dir) == runs.numbers(expected), "to the bit"
+    state = json.loads((run_dir / "checkpoints/latest/state.json").read_text())
+    by_hand = json.loads((expected / "checkpoints/latest/state.json").read_text())
+    assert state["ledger"] == by_hand["ledger"]
+    assert state["skipped"] == by_hand["skipped"] == [[48, 72]]
+    assert (state["step"], state["roll_backs"], state["rolled_to"], state["ahead"]) == (9, 1, 4, [])
+    assert state["notes"] == [
+        "step 9: rolled back to step 4; the ordinals 48 to 71 of the 3 steps that could not be applied are skipped"
+    ]
+    assert verify_run(run_dir).is_right
+    assert [line["step"] for line in runs.curve(run_dir) if "loss" in line] == list(range(1, 10))
+    assert any(run_dir.glob("metrics.jsonl.*")), "what was cut off is kept"
+    listed = [json.loads(line) for line in (run_dir / "bad_rows.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["begin"], line["loss"]) for line in listed] == [
+        (7, 48, "nan"),
+        (8, 56, "nan"),
+        (9, 64, "nan"),
+    ]
+    shards = Shards.open(task.parent / "shards/train")
+    for line in listed:
+        assert len(line["rows"]) == 8
+        assert all(row["records"] == shards.origins(row["row"]) != [] for row in line["rows"])
+    name, _, number = listed[0]["rows"][0]["records"][0].rpartition(":")
+    assert name.endswith("messages")
+    assert 1 <= int(number) <= 260
+
+
+def test_the_decision_survives_the_end_of_a_life(task, expected, tmp_path):
+    where = (f"run_dir={tmp_path / 'run'}", *PLAIN)
+    run_workers(run, 2, task, where, poisoned=POISONED, stops_once_back=True)
+    state = json.loads((tmp_path / "run/checkpoints/latest/state.json").read_text())
+    assert (state["step"], state["ahead"]) == (5, [[48, 72]])
+    run_workers(run, 1, task, where, poisoned=POISONED)  # on another number of ranks
+    ours = json.loads((tmp_path / "run/checkpoints/latest/state.json").read_text())
+    by_hand = json.loads((expected / "checkpoints/latest/state.json").read_text())
+    for name in ("step", "rows_consumed", "ledger", "skipped", "adam_step", "target_tokens"):
+        assert ours[name] == by_hand[name]
+    assert verify_run(tmp_path / "run").is_right
+
+
+def test_a_single_one_is_passed_over(task, tmp_path):
+    where = (f"run_dir={tmp_path / 'run'}", *PLAIN)
+    run_workers(run, 2, task, where, poisoned=range(50, 51))
+    state = json.loads((tmp_path / "run/checkpoints/latest/state.json").read_text())
+    assert (state["step"], state["adam_step"], state["not_applied"], state["streak"]) == (12, 11, 1, None)
+    [line] = [json.loads(line) for line in (tmp_path / "run/bad_rows.jsonl").read_text().splitlines()]
+    assert len(line["rows"]) == 4, "those of its micro-batch"
+    assert verify_run(tmp_path / "run").is_right
+
+
+@pytest.mark.parametrize(
+    ("poisoned", "overrides", "why"),
+    [
+        (range(96), (), "with no other checkpoint before them to go back to"),
+        (range(48, 96), ("train.bad_steps.max_roll_backs=0",), "after 0 roll-backs"),
+    ],
+)
+def test_without_a_way_back_it_ends_and_says_so(task, tmp_path, poisoned, overrides, why):
+    where = (f"run_dir={tmp_path / 'run'}", *PLAIN, *overrides)
+    with pytest.raises(
+        RankError, match=rf"DivergedError: steps \d to \d could not be applied, {why}.*lower train.learning_rate"
+    ):
+        run_workers(run, 2, task, where, poisoned=poisoned)
