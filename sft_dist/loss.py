@@ -17,8 +17,12 @@ def target_log_probs(logits: torch.Tensor, tokens: torch.Tensor, targets: torch.
     >>> target_log_probs(logits, torch.tensor([[1, 2, 3]]), torch.tensor([[False, False, True]])).exp()
     tensor([0.2500])
     """
-    wanted = targets[:, 1:]
-    return -F.cross_entropy(logits[:, :-1][wanted].float(), tokens[:, 1:][wanted], reduction="none")
+    return log_probs_at(logits, tokens, *targets[:, 1:].nonzero(as_tuple=True))
+
+
+def log_probs_at(logits: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The same for targets that are known by number, int64 [number of targets] each: token `places + 1` of row `rows`."""
+    return -F.cross_entropy(logits[:, :-1][rows, places].float(), tokens[:, 1:][rows, places], reduction="none")
 
 
 def sums_by_set(log_probs: torch.Tensor, targets: torch.Tensor, sets: torch.Tensor, num_sets: int) -> torch.Tensor:

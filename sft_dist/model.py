@@ -53,8 +53,15 @@ def model_config(config: ModelConfig, *, vocab_size: int, seq_len: int, eos_id: 
     return made
 
 
-def build(config: ModelConfig, made: PretrainedConfig, *, seed: int, gradient_checkpointing: bool) -> PreTrainedModel:
-    """The model in fp32 on the CPU: pre-trained from safetensors, or random as a function of `seed` alone.
+def build(
+    config: ModelConfig,
+    made: PretrainedConfig,
+    *,
+    seed: int,
+    gradient_checkpointing: bool,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """The model on the CPU: pre-trained from safetensors, or random as a function of `seed` alone.
 
     Raises ModelError when the folder or id has no safetensors weights or cannot be loaded.
     """
@@ -62,7 +69,7 @@ def build(config: ModelConfig, made: PretrainedConfig, *, seed: int, gradient_ch
         torch.manual_seed(seed)
         model = _load(
             lambda: AutoModelForCausalLM.from_config(
-                made, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+                made, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
             ),
             f"model_type {made.model_type!r}",
         )
@@ -71,7 +78,7 @@ def build(config: ModelConfig, made: PretrainedConfig, *, seed: int, gradient_ch
             lambda: AutoModelForCausalLM.from_pretrained(
                 config.name_or_path,
                 config=made,
-                dtype=torch.float32,
+                dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
                 attn_implementation="sdpa",

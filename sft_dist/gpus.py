@@ -1,0 +1,72 @@
+"""What GPUs there are: their memory, and the most that they compute, as their makers say."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from sft_dist.errors import ConfigError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Memory in bytes that a program sees; dense FLOP/s in 16 bit and in fp32 (None: not known)."""
+
+    name: str
+    memory_bytes: float
+    flops_16_bit: float | None = None
+    flops_fp32: float | None = None
+
+    @property
+    def usable_bytes(self) -> float:
+        """Without what CUDA, NCCL and cuBLAS take (2 GiB), and 5 % for an allocator that does not fill every gap.
+
+        >>> round(gpu("h100-80gb").usable_bytes / GIB, 1)
+        73.1
+        """
+        return 0.95 * self.memory_bytes - 2 * GIB
+
+    def flops(self, precision: str) -> float | None:
+        """Of matrix products in this precision (fp32 without TF32, as torch does by default)."""
+        return self.flops_fp32 if precision == "fp32" else self.flops_16_bit
+
+
+# Data sheets: NVIDIA's of A10, A100, B200, H100 SXM, H200, L4, L40S, RTX 4090, V100 SXM2; AMD's of the MI300X. Memory as
+# the driver gives it to a program (with error correction where that is on by default).
+_TABLE = {
+    "a10-24gb": (22.0, 125e12, 31.2e12),
+    "a100-40gb": (39.4, 312e12, 19.5e12),
+    "a100-80gb": (79.1, 312e12, 19.5e12),
+    "b200-180gb": (178.0, 2250e12, 80e12),
+    "h100-80gb": (79.1, 989e12, 67e12),
+    "h200-141gb": (139.7, 989e12, 67e12),
+    "l4-24gb": (22.0, 121e12, 30.3e12),
+    "l40s-48gb": (44.4, 362e12, 91.6e12),
+    "mi300x-192gb": (191.0, 1307e12, 163.4e12),
+    "rtx4090-24gb": (23.5, 165e12, 82.6e12),
+    "v100-32gb": (31.7, 125e12, 15.7e12),
+}
+
+
+def names() -> list[str]:
+    """Every known one."""
+    return sorted(_TABLE)
+
+
+def gpu(name: str) -> Gpu:
+    """A known GPU by its name, or any other by its memory: `48gb`. Raises ConfigError.
+
+    >>> gpu("h100-80gb").flops("bf16"), gpu("48gb").memory_bytes / GIB
+    (989000000000000.0, 48.0)
+    """
+    if name in _TABLE:
+        memory, *flops = _TABLE[name]
+        return Gpu(name, memory * GIB, *flops)
+    if found := re.fullmatch(r"(\d+(?:\.\d+)?)gb", name):
+        return Gpu(name, float(found[1]) * GIB)
+    close = difflib.get_close_matches(name, _TABLE, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(names())}"
+    raise ConfigError(f"--gpu {name!r}: not known; {hint}, or give its memory, as in 48gb")

@@ -1,0 +1,245 @@
+"""How much memory of a GPU a run will take, by part: traced on a model without storage, and counted for ZeRO.
+
+The activations are those of torch's own accounting: one forward and backward pass under fake tensors, every storage counted
+from its allocation to its end. What ZeRO keeps is counted from what DeepSpeed 0.19 allocates (Rajbhandari et al. 2020, "ZeRO:
+Memory Optimizations Toward Training Trillion Parameter Models", arXiv:1910.02054).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig
+
+from sft_dist.attention import packed_logits
+from sft_dist.loss import log_probs_at
+from sft_dist.model import build
+from sft_dist.schema import ModelConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Gradient(NamedTuple):
+    """When a parameter's gradient came: its number of elements, the most that was alive since the last one, and what is then."""
+
+    numel: int
+    peak: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """Bytes of one micro-batch's activations and temporary values, weights and gradients not counted.
+
+    `forward`: the most before the first gradient is there, of it `logits` with the vocabulary as last dimension; `gradients`: how
+    it goes on from there. All grow in proportion to the rows.
+    """
+
+    forward: int
+    logits: int
+    gradients: tuple[Gradient, ...] = ()
+
+    def times(self, rows: int) -> Traced:
+        """Of so many rows.
+
+        >>> Traced(10, 4, (Gradient(5, 8, 3),)).times(2)
+        Traced(forward=20, logits=8, gradients=(Gradient(numel=5, peak=16, after=6),))
+        """
+        gradients = tuple(Gradient(numel, peak * rows, after * rows) for numel, peak, after in self.gradients)
+        return Traced(self.forward * rows, self.logits * rows, gradients)
+
+    def backward(self, bucket: int, bytes_of_bucket: float, bytes_to_reduce: float) -> tuple[int, float]:
+        """(activations, bytes of buffers) when most is needed while gradients fill buckets of so many elements.
+
+        `bytes_of_bucket`: what a bucket takes while it is filled; `bytes_to_reduce`: more of them, an element that is reduced.
+
+        >>> Traced(500, 0, (Gradient(60, 500, 400), Gradient(50, 450, 100))).backward(100, 200.0, 6.0)
+        (400, 560.0)
+        """
+        most, filled, before = (0, 0.0), 0, 0
+        for place, (numel, peak, after) in enumerate(self.gradients):
+            peak = peak if place else 0  # that is the most of all before it, when there is no bucket yet
+            if filled and filled + numel > bucket:
+                reduced, filled = filled, 0
+            else:
+                reduced = 0
+            filled += numel
+            now = max((peak, bytes_of_bucket), (before, bytes_of_bucket + bytes_to_reduce * reduced), key=sum)
+            most, before = max(most, now, key=sum), after
+        return max(most, (before, bytes_of_bucket + bytes_to_reduce * min(filled, bucket)), key=sum)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive, each from the operator that made it to its end."""
+
+    def __init__(self, vocab_size: int = 0) -> None:
+        super().__init__()
+        self.bytes = self.peak = self.peak_logits = 0
+        self._vocab_size, self._logits = vocab_size, 0
+        self._seen: dict[int, tuple[int, bool]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:  # a value of a tensor that has none
+            return {torch.bool: False, torch.uint8: 0, torch.int64: 1}.get(args[0].dtype, 1.0)
+        out = func(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            if isinstance(made, torch.Tensor):
+                self._count(made)
+        return out
+
+    def _count(self, made: torch.Tensor) -> None:
+        storage = made.untyped_storage()
+        if storage._cdata in self._seen or made.device.type == "meta":
+            return
+        is_logits = made.ndim > 1 and made.shape[-1] == self._vocab_size
+        self._seen[storage._cdata] = storage.nbytes(), is_logits
+        weakref.finalize(storage, self._end, storage._cdata)
+        self.bytes += storage.nbytes()
+        self._logits += storage.nbytes() * is_logits
+        if self.bytes > self.peak:
+            self.peak, self.peak_logits = self.bytes, self._logits
+
+    def _end(self, key: int) -> None:
+        num_bytes, is_logits = self._seen.pop(key)
+        self.bytes -= num_bytes
+        self._logits -= num_bytes * is_logits
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        self.peak, self.peak_logits = self.bytes, self._logits
+
+
+def trace(config: ModelConfig, made: PretrainedConfig, *, seq_len: int, precision: str, checkpointing: bool) -> Traced:
+    """The activations of one row of `seq_len` tokens, every token a target."""
+    with FakeTensorMode(), Live(made.vocab_size) as live:
+        scratch = config.model_copy(update={"init": "scratch"})
+        model = build(scratch, made, seed=0, gradient_checkpointing=checkpointing, dtype=DTYPES[precision]).train()
+        tokens = torch.zeros(1, seq_len, dtype=torch.int64)
+        positions, places = torch.arange(seq_len)[None], torch.zeros(seq_len - 1, dtype=torch.int64)
+        before = live.bytes
+        live.restart()
+        gradients: list[tuple[int, int, int, int]] = []
+
+        def take(parameter: torch.Tensor) -> None:
+            peak, of_logits, parameter.grad = live.peak - before, live.peak_logits, None
+            gradients.append((parameter.numel(), peak, live.bytes - before, of_logits))
+            live.restart()
+
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(take)
+        logits = packed_logits(model, tokens, positions)
+        loss = -log_probs_at(logits, tokens, torch.zeros_like(places), places).sum()
+        del logits
+        loss.backward()
+    _, forward, _, of_logits = gradients[0]
+    return Traced(forward, of_logits, tuple(Gradient(*each[:3]) for each in gradients))
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Bytes of a GPU by part, at the moment when most is needed; `host`: bytes of the host's memory, of this rank."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    logits: float = 0.0
+    buffers: float = 0.0
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Of the GPU."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.buffers
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Numbers of parameters: of the model, and of its largest tensor."""
+
+    parameters: int
+    largest: int
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> Size:
+        """Of a model that ZeRO has not sharded."""
+        counts = [parameter.numel() for parameter in model.parameters()]
+        return cls(sum(counts), max(counts))
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What DeepSpeed keeps on a rank, in bytes, from a step's second micro-batch on.
+
+    `always`: its buffers; `gathered`: weights of other ranks, while the model is at work; `bucket`: while gradients come, with
+    `to_reduce` more an element; `in_step`: AdamW's temporary values, or those of a reduction after the last gradient.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    always: float = 0.0
+    gathered: float = 0.0
+    bucket: float = 0.0
+    to_reduce: float = 0.0
+    in_step: float = 0.0
+    host: float = 0.0
+
+
+def _kept(size: Size, section: Mapping[str, Any], world_size: int, precision: str) -> _Kept:
+    all_, own, c = size.parameters, size.parameters / world_size, 4 if precision == "fp32" else 2
+    bucket, stage = _bucket(section), section.get("stage", 0)
+    reduce = 4 + c if c == 2 else 4  # an element: flattened, and in fp32 whatever the gradients are in
+    if stage == 0:
+        return _Kept(4 * all_, 4 * all_, 8 * all_, in_step=4 * all_)
+    if (
+        stage == 1 and precision == "bf16"
+    ):  # BF16_Optimizer: the gradients of all in fp32, and the model's own beside them
+        return _Kept(2 * all_, (4 + 2) * all_, 12 * own, in_step=max(8 * own, 4 * min(all_, bucket)))
+    if stage == 1:
+        return _Kept(c * all_, 4 * all_, 12 * own, always=4 * bucket, to_reduce=reduce, in_step=8 * own)
+    if stage == 2:
+        gradients = 4 * own if c == 2 else 4 * max(own, size.largest)
+        kept = _Kept(c * all_, gradients, 12 * own, bucket=c * bucket, to_reduce=reduce, in_step=8 * own)
+    else:
+        live = min(all_, section.get("stage3_max_live_parameters", 1_000_000_000))
+        group = min(own, section.get("sub_group_size", 1_000_000_000))
+        kept = _Kept(c * own, 4 * own, 12 * own, always=4 * bucket, gathered=c * live, in_step=12 * group)
+    if "offload_optimizer" in section:
+        host = kept.optimizer + 2 * 4 * own + c * own  # a second copy of the gradients, and pinned weights
+        kept = replace(kept, gradients=0.0, optimizer=0.0, in_step=0.0, host=host)
+        if stage == 2:
+            kept = replace(kept, always=c * size.largest, host=host + c * size.largest)
+    return replace(kept, weights=0.0) if "offload_param" in section else kept
+
+
+def _bucket(section: Mapping[str, Any]) -> int:
+    return section.get("reduce_bucket_size", 500_000_000)
+
+
+def parts(size: Size, traced: Traced, zero: Mapping[str, Any], *, world_size: int, precision: str) -> Parts:
+    """The memory of a rank under a DeepSpeed configuration, with the activations of its micro-batch.
+
+    >>> zero2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000_000}}
+    >>> made = parts(Size(1_000_000_000, 50_000_000), Traced(8 << 30, 1 << 30), zero2, world_size=8, precision="bf16")
+    >>> [round(part / 2**30, 2) for part in (made.weights, made.gradients, made.optimizer, made.activations, made.total)]
+    [1.86, 0.47, 1.4, 7.0, 11.73]
+    """
+    section = zero.get("zero_optimization", {})
+    kept = _kept(size, section, world_size, precision)
+    activations, buffers = traced.backward(_bucket(section), kept.bucket, kept.to_reduce)
+    forward, backward = traced.forward + kept.gathered, activations + buffers + kept.gathered
+    work = {"activations": 0.0, "logits": 0.0, "buffers": kept.in_step}
+    if forward >= max(backward, kept.in_step):
+        work = {"activations": traced.forward - traced.logits, "logits": traced.logits, "buffers": kept.gathered}
+    elif backward >= kept.in_step:
+        work = {"activations": activations, "logits": 0.0, "buffers": buffers + kept.gathered}
+    work["buffers"] += kept.always
+    return Parts(kept.weights, kept.gradients, kept.optimizer, host=kept.host, **work)
