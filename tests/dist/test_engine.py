@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from sft_dist import engine
 from sft_dist.attention import packed_logits
 from sft_dist.loss import target_log_probs
-from tests.dist import tiny
+from tests.dist import gradients, tiny
 from tests.workers import run_workers
 
 STEPS = 10
@@ -112,33 +110,21 @@ def test_an_abandoned_step_leaves_the_masters_alone(stage):
 
 
 def accumulated(topology, stage, count, is_default=False):
-    """This rank's part of the gradient that `count` bf16 micro-batches a rank accumulate, read from Adam.
-
-    With beta1 = 0 Adam's first moment is the gradient that was applied, exactly. `is_default`: as DeepSpeed would.
-    """
-    if is_default:
-        ours = engine.deepspeed_config
-        left_out = ("data_types", "communication_data_type")
-        engine.deepspeed_config = lambda *given: {k: v for k, v in ours(*given).items() if k not in left_out}
-    made, _ = tiny.engine(
-        topology, stage, kind="mini", micro_batch_rows=1, global_batch_rows=2 * count, precision="bf16",
-        beta1=0.0, max_grad_norm=None, weight_decay=0.0,
-    )  # fmt: skip
+    """This rank's part of the gradient that `count` bf16 micro-batches a rank accumulate."""
+    with gradients.as_deepspeed_does(is_default):
+        made, _ = tiny.engine(
+            topology, stage, kind="mini", micro_batch_rows=1, global_batch_rows=2 * count, precision="bf16",
+            beta1=0.0, max_grad_norm=None, weight_decay=0.0,
+        )  # fmt: skip
     made.learn(single_rows(topology, count), denominator=1000, learning_rate=0.0)
-    return {f.name: (f.offset, f.values["exp_avg"].numpy().copy()) for f in made.fragments()}
+    return gradients.applied(made)
 
 
-def summed_in_fp32(topology, count):
-    """The witness: the same bf16 micro-batch gradients, added up in fp32."""
+def summed(topology, count):
+    """The witness: the same bf16 micro-batch gradients of this rank, added up in fp64."""
     torch.set_num_threads(1)
     plain = tiny.model(kind="mini").bfloat16().train()
-    total = {name: torch.zeros(p.numel()) for name, p in plain.named_parameters()}
-    for row in single_rows(topology, count):
-        plain.zero_grad()
-        (-target_log_probs(packed_logits(plain, row.tokens, row.positions), row.tokens, row.targets).sum() / 1000).backward()
-        for name, parameter in plain.named_parameters():
-            total[name] += parameter.grad.float().flatten()
-    return {name: value.numpy() for name, value in total.items()}
+    return gradients.summed(plain, single_rows(topology, count), 1000, (count,))[count]
 
 
 def single_rows(topology, count):
@@ -150,31 +136,22 @@ def single_rows(topology, count):
     return [tiny.MicroBatch(row, targets, torch.arange(tiny.SEQ_LEN)[None], 0) for row in tokens]
 
 
-def relative_error(parts, witness):
-    """Of the gradient in `parts` against the sum over ranks of `witness`."""
-    expected = {name: sum(rank[name] for rank in witness) for name in witness[0]}
-    applied = {name: np.full_like(value, np.nan) for name, value in expected.items()}
-    for part in parts:
-        for name, (offset, values) in part.items():
-            applied[name][offset : offset + len(values)] = values
-    ours, theirs = (np.concatenate([grads[name] for name in expected]) for grads in (applied, expected))
-    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-
-
 @pytest.fixture(scope="module")
 def witnesses():
-    return {count: run_workers(summed_in_fp32, 2, count) for count in (1920, 240)}
+    """The sum over both ranks."""
+    of_ranks = {count: run_workers(summed, 2, count) for count in (1920, 240)}
+    return {count: {name: one[name] + other[name] for name in one} for count, (one, other) in of_ranks.items()}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_thousands_of_micro_batches_keep_their_gradient(witnesses, stage):
     """An effective batch of 3,840: DeepSpeed's default accumulation was measured 31 % wrong here."""
-    assert relative_error(run_workers(accumulated, 2, stage, 1920), witnesses[1920]) <= 3e-3
+    assert gradients.relative_error(run_workers(accumulated, 2, stage, 1920), witnesses[1920]) <= 3e-3
 
 
 def test_deepspeeds_default_would_lose_the_gradient(witnesses):
     """The plant: without fp32 accumulation the same check fails at an eighth of the batch already."""
-    assert relative_error(run_workers(accumulated, 2, 2, 240, True), witnesses[240]) > 1e-2
+    assert gradients.relative_error(run_workers(accumulated, 2, 2, 240, True), witnesses[240]) > 1e-2
 
 
 def test_deepspeed_knows_every_key_that_a_zero_file_may_have():
