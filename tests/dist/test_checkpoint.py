@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from sft_dist.checkpoint import Checkpoints
-from sft_dist.manifest import read_manifest, read_state
 from sft_dist.errors import CheckpointError
 from sft_dist.layout import Fragment
 from sft_dist.ledger import Ledger
+from sft_dist.manifest import read_manifest, read_state
 from sft_dist.retention import Retention
 from sft_dist.state import TrainState
 from sft_dist.store import Reader
