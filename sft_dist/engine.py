@@ -25,7 +25,7 @@ from sft_dist.topology import Topology
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What one optimizer step did: this rank's summed loss, and the global gradient norm before clipping.
+    """What one optimizer step did: this rank's summed loss (fp64), and the global gradient norm before clipping.
 
     `is_applied`: False where fp16's loss scaler found an overflow and left the weights alone (the norm is then infinite).
 
@@ -84,7 +84,7 @@ class Engine:
 
     >>> engine = Engine(model, zero, config.train, batch, topology, device)  # doctest: +SKIP
     >>> engine.learn(step.micro_batches, denominator=1_234, learning_rate=1e-3)  # doctest: +SKIP
-    Applied(loss_sum=tensor(851.2), grad_norm=0.93, fed=tensor([4, 5727095992301866834, -2371436142478386021]))
+    Applied(loss_sum=tensor(851.2, dtype=torch.float64), grad_norm=0.93, fed=tensor([4, 5727095992301866834, -2371436142478386021]))
     """
 
     def __init__(
@@ -118,7 +118,8 @@ class Engine:
         each micro-batch; when it says yes nothing is applied and None is returned (masters and moments have not moved).
         """
         self.deepspeed.train()
-        loss_sum = torch.zeros((), device=self.device)
+        # in fp64: in fp32 the sum of thousands of micro-batches is 1e-6 off, the gradient is not
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         fed = torch.zeros(3, dtype=torch.int64, device=self.device)
         set_sums = torch.zeros(2, self.num_sets, dtype=torch.float64, device=self.device) if self.num_sets > 1 else None
         batches = _with_last(micro_batches)
