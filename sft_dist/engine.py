@@ -28,7 +28,7 @@ from sft_dist.zero import deepspeed_config, zero_stage
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What one optimizer step did: the loss, summed over all ranks, and the global gradient norm before clipping.
+    """What one optimizer step did: the loss, summed over all ranks in fp64, and the global gradient norm before clipping.
 
     `is_applied`: whether it reached the weights. `is_overflow`: it did not because fp16's loss scale was too high, which mends
     itself; else one of its numbers is bad, and `suspects` are this rank's rows that may be to blame.
@@ -102,7 +102,7 @@ class Engine:
         and moments have not moved).
         """
         self.deepspeed.train()
-        losses: list[tuple[torch.Tensor, Any]] = []
+        losses, rows = torch.zeros(64, dtype=torch.float64, device=self.device), []
         fed = torch.zeros(3, dtype=torch.int64, device=self.device)
         set_sums = torch.zeros(2, self.num_sets, dtype=torch.float64, device=self.device) if self.num_sets > 1 else None
         batches = _with_last(micro_batches)
@@ -115,12 +115,15 @@ class Engine:
                 loss = self._loss_sum(micro_batch, fed, set_sums)
             # DeepSpeed averages over the ranks; a global sum over a global count wants the sum: times the world.
             self.deepspeed.backward(loss / denominator * self.topology.world_size, scale_wrt_gas=False)
-            losses.append((loss.detach(), micro_batch.rows))
-        loss_sum = total(sum(loss for loss, _ in losses).cpu())
+            if len(rows) == len(losses):
+                losses = torch.cat([losses, torch.zeros_like(losses)])
+            losses[len(rows)] = loss.detach()
+            rows.append(micro_batch.rows)
+        loss_sum = total(losses.sum().cpu())
         norm = self._step(learning_rate, norm_limit if math.isfinite(loss_sum) else -1.0)
         is_overflow = self.config.precision == "fp16" and math.isfinite(loss_sum) and not math.isfinite(norm)
         is_applied = math.isfinite(loss_sum) and norm <= norm_limit and math.isfinite(norm)
-        suspects = () if is_applied or is_overflow else _suspects(losses, is_loss=not math.isfinite(loss_sum))
+        suspects = () if is_applied or is_overflow else _suspects(losses, rows, is_loss=not math.isfinite(loss_sum))
         return Applied(loss_sum, norm, fed, is_applied, is_overflow, suspects, set_sums, self._forward.take())
 
     def _step(self, learning_rate: float, norm_limit: float) -> float:
@@ -199,9 +202,10 @@ class Engine:
         return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
 
 
-def _suspects(losses: Iterable[tuple[torch.Tensor, Any]], *, is_loss: bool) -> tuple[int, ...]:
+def _suspects(losses: torch.Tensor, rows: list[Any], *, is_loss: bool) -> tuple[int, ...]:
     """The rows of the micro-batches whose own loss is no number; all rows where only the gradient is bad."""
-    return tuple(int(row) for loss, rows in losses if not (is_loss and loss.isfinite()) for row in rows)
+    is_bad = (~losses.isfinite()).tolist() if is_loss else [True] * len(rows)
+    return tuple(int(row) for of_batch, bad in zip(rows, is_bad, strict=False) if bad for row in of_batch)
 
 
 def _initialize(model: torch.nn.Module, adam: torch.optim.Optimizer, config: dict[str, Any]) -> Any:

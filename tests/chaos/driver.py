@@ -31,10 +31,8 @@ from typing import Any
 
 import torch
 
-from sft_dist.layout import Fragment
-from sft_dist.manifest import read_manifest, read_state, verify
+from sft_dist.manifest import read_state, verify
 from sft_dist.retention import list_folders
-from sft_dist.store import Reader
 from tests.e2e.commands import clone, run, start
 from tests.invariants import runs
 
@@ -280,7 +278,8 @@ class Campaign:
             if not _FILES.fullmatch(name := path.relative_to(self.run_dir).as_posix())
         ]  # fmt: skip
         assert not strays, strays
-        mine, theirs = (tensors(path / "checkpoints") for path in (self.run_dir, self.folder / "undisturbed"))
+        newest = (list_folders(path / "checkpoints")[-1] for path in (self.run_dir, self.folder / "undisturbed"))
+        mine, theirs = map(runs.tensors, newest)
         assert mine.keys() == theirs.keys()
         weights = max(float((mine[key] - theirs[key]).abs().max()) for key in mine if key.startswith("master/"))
         answers = logits(self.run_dir, mine), logits(self.run_dir, theirs)
@@ -303,17 +302,6 @@ class Campaign:
             "largest_difference": {"loss": loss, "weights": weights, "logits": difference},
             "is_bit_identical": all(torch.equal(mine[key], theirs[key]) for key in mine),
         }
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every master and moment of the newest checkpoint."""
-    path = list_folders(folder)[-1]
-    manifest = read_manifest(path)
-    made = {
-        name: {kind: torch.empty(length) for kind in kinds} for name, length, kinds in manifest["tensors"]["parameters"]
-    }
-    Reader(path, manifest).fill(Fragment(name, len(v["master"]), 0, v) for name, v in made.items())
-    return {f"{kind}/{name}": value for name, values in made.items() for kind, value in values.items()}
 
 
 def logits(run_dir: Path, values: dict[str, torch.Tensor]) -> torch.Tensor:

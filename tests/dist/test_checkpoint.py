@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from sft_dist.checkpoint import Checkpoints
-from sft_dist.manifest import read_manifest, read_state
 from sft_dist.errors import CheckpointError
 from sft_dist.layout import Fragment
 from sft_dist.ledger import Ledger
+from sft_dist.manifest import read_manifest, read_state
 from sft_dist.retention import Retention
 from sft_dist.state import TrainState
 from sft_dist.store import Reader
 from tests.dist import tiny
+from tests.invariants import runs
 from tests.workers import RankError, run_workers
 
 HALF, WHOLE = 5, 26
@@ -81,23 +82,12 @@ def at_half(path: Path, tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
 
 
-def masters(folder: Path) -> dict:
-    """Every tensor of the last checkpoint, as bytes."""
-    path = folder / f"step-{WHOLE:08d}"
-    manifest = read_manifest(path)
-    made = {}
-    for name, length, kinds in manifest["tensors"]["parameters"]:
-        made[name] = {kind: torch.empty(length) for kind in kinds}
-        Reader(path, manifest).fill([Fragment(name, length, 0, made[name])])
-    return {f"{kind}/{name}": value for name, values in made.items() for kind, value in values.items()}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
 def test_the_same_world_and_stage_go_on_bit_for_bit(straight, layout, tmp_path):
     path, curve = straight(layout)
     folder = at_half(path, tmp_path)
     assert run_workers(life, 2, folder, *layout, HALF, WHOLE, 0.1)[0] == curve[HALF:]
-    mine, theirs = masters(folder), masters(path)
+    mine, theirs = (runs.tensors(at / f"step-{WHOLE:08d}") for at in (folder, path))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 

@@ -19,6 +19,7 @@ from tests.e2e.commands import ROOT, run
             "--layers 1 --width 64 --stages 3 --repeats 1 --train-seconds 3 --every-seconds 1 --plan-ranks 8",
             "planning",
         ),
+        ("accumulation.py", "--counts 8 16 --steps 2 --batch 16", "errors"),
         ("prepare.py", "--pairs {pairs} --no-scale --repeats 1", "machine"),
     ],
 )

@@ -18,10 +18,11 @@ def folder(tmp_path_factory):
 
 
 def test_there_are_the_examples_the_readme_names():
-    assert EXAMPLES == ["instructions", "sms-spam", "wikitext"]
+    assert EXAMPLES == ["instructions", "large-batch", "sms-spam", "wikitext"]
 
 
-@pytest.mark.parametrize("name", ["instructions", "wikitext"])  # sms-spam: by the README's own test
+# sms-spam: by the README's own test; large-batch: by that of docs/large-batches.md
+@pytest.mark.parametrize("name", ["instructions", "wikitext"])
 def test_an_example_runs_as_it_is(folder, name):
     run(f"sft-dist prepare examples/{name}/run.yaml", folder)
     output = run(

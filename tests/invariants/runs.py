@@ -6,9 +6,13 @@ import json
 import random
 from pathlib import Path
 
+import torch
 import yaml
 
+from sft_dist.layout import Fragment
 from sft_dist.limits import StopRequest
+from sft_dist.manifest import read_manifest
+from sft_dist.store import Reader
 
 SPAM, HAM = ("win", "cash", "prize", "claim", "free"), ("home", "lunch", "sorry", "later", "love")
 FILLER = ("the", "a", "you", "we", "to", "at", "now", "then", "and", "is", "very", "today")
@@ -69,8 +73,6 @@ def run(topology, path, overrides=(), stop_at=None, stopping_rank=0):
     """One rank of a whole run, through the same parts that torchrun's ranks are built from."""
     import os
 
-    import torch
-
     from launch import train
     from sft_dist.config import load
     from sft_dist.topology import Life
@@ -102,3 +104,14 @@ def measured(run_dir: Path, step: int) -> dict[str, float]:
     """What was measured on held-out data at a step."""
     (line,) = [line for line in curve(run_dir) if line["step"] == step and "validation_loss" in line]
     return {name: value for name, value in line.items() if name.startswith("validation_")}
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint in full, by kind (master, exp_avg, exp_avg_sq) and name, whoever saved which part."""
+    manifest = read_manifest(checkpoint)
+    made = {}
+    for name, length, kinds in manifest["tensors"]["parameters"]:
+        values = {kind: torch.empty(length) for kind in kinds}
+        Reader(checkpoint, manifest).fill([Fragment(name, length, 0, values)])
+        made |= {f"{kind}/{name}": value for kind, value in values.items()}
+    return made
