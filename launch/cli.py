@@ -144,6 +144,39 @@ def train(
 
 
 @main.command()
+@click.argument("run_file", metavar="[RUN.yaml]", required=False)
+@OVERRIDES
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
+@click.option("--gpus-per-node", type=click.IntRange(min=1), default=8, show_default=True, help="GPUs of a machine.")
+@click.option("--gpu", metavar="NAME", help="As h100-80gb, or its memory, as 48gb.")
+@click.option(
+    "--mfu",
+    type=click.FloatRange(min=0.0, max=1.0, min_open=True),
+    default=0.4,
+    show_default=True,
+    help="Share of the GPU's peak that the model's own arithmetic will use (without recomputation).",
+)
+@click.option("--like", metavar="RUN_DIR", help="Take the speed that this run had instead.")
+@click.option(
+    "--compare", metavar="RUN_DIR", help="Predicted beside measured, of a run that has begun; without RUN.yaml."
+)
+def plan(run_file: str | None, overrides: tuple[str, ...], compare: str | None, **options: Any) -> None:
+    """What a run will take: memory of a GPU by part, what fits, steps, time, money, disk. Needs no GPU."""
+    from launch import plan as planning
+    from sft_dist.config import load
+
+    chosen = planning.Options(**options)
+    if compare is not None:
+        if run_file is not None:
+            raise click.UsageError("--compare reads the run's own run.yaml: leave RUN.yaml out")
+        planning.compare(Path(compare), chosen, click.echo)
+    elif run_file is None:
+        raise click.UsageError("which RUN.yaml? Or --compare RUN_DIR, of a run that has begun")
+    else:
+        planning.run(load(run_file, overrides), chosen, click.echo)
+
+
+@main.command()
 @click.argument("arguments", metavar="[prepare] RUN.yaml [KEY=VALUE]... [-- SBATCH_OPTIONS]", nargs=-1, required=True)
 @click.option(
     "--nodes", default="1", show_default=True, metavar="N|MIN-MAX", help="A range: whatever there is, life by life."

@@ -40,7 +40,7 @@ def default_processes() -> int:
 
 def describe(config: RunConfig, processes: int, resume: Resume = AS_IT_IS) -> str:
     """The derived numbers of a run on so many processes of this machine."""
-    return Plan.of(config, Topology(world_size=processes), Life("print"), resume).describe()
+    return Plan.of(config, Topology(world_size=processes, local_world_size=processes), Life("print"), resume).describe()
 
 
 def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: int, resume: Resume) -> int:
@@ -48,7 +48,10 @@ def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: i
 
     0: completed; 128 + signal number: stopped on request, all saved; else what the ranks ended with.
     """
-    describe(config, processes, resume)  # raises what is wrong before anything starts
+    topology = Topology(world_size=processes, local_world_size=processes)
+    plan = Plan.of(config, topology, Life("check"), resume)  # raises what is wrong before anything starts
+    if config.train.micro_batch_rows == "auto":
+        overrides = [*overrides, f"train.micro_batch_rows={plan.config.train.micro_batch_rows}"]
     if 0 < num_gpus() < processes:
         raise ConfigError(
             f"--nproc {processes}: this machine has {num_gpus()} usable GPUs, and each process needs its own. "

@@ -26,7 +26,7 @@ from sft_dist.attention import prove_isolation as _prove
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
 from sft_dist.data.build import read_conversations
-from sft_dist.data.loader import Loader, Step
+from sft_dist.data.loader import Loader, MicroBatch, Step
 from sft_dist.data.mixture import Joined
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.data.work import template_for
@@ -132,18 +132,23 @@ def checkpoints(plan: Plan, identity: dict[str, Any]) -> Checkpoints:
         "model": plan.run_dir / "model",
         "tokenizer": plan.shards_dir / "tokenizer",
     }
-    kept, stops_early = plan.config.checkpoint, plan.config.evaluate.early_stopping is not None
     made = Checkpoints(
         plan.run_dir / "checkpoints",
         identity=identity,
         attachments=attachments,
-        retention=Retention(kept.keep_last, max(kept.keep_best, int(stops_early)), kept.keep_every_steps),
+        retention=retention(plan),
         stage=zero_stage(plan.zero),
     )
     made.allowed = frozenset(key for name in plan.resume.allow for key in ALLOWANCES[name])
     if plan.resume.resets_data:
         made.allowed |= frozenset(STREAM)
     return made
+
+
+def retention(plan: Plan) -> Retention:
+    """Which checkpoints stay; with early stopping the best one does."""
+    kept, stops_early = plan.config.checkpoint, plan.config.evaluate.early_stopping is not None
+    return Retention(kept.keep_last, max(kept.keep_best, int(stops_early)), kept.keep_every_steps)
 
 
 def examine(plan: Plan, comms: Comms) -> tuple[list[str], list[str]]:
@@ -169,6 +174,19 @@ def write_run_files(plan: Plan, made: Any) -> None:
 def engine(plan: Plan, model: Any, device: torch.device) -> Engine:
     """The model under ZeRO."""
     return Engine(model, plan.zero, plan.config.train, plan.batch, plan.topology, device, len(plan.shards_dirs))
+
+
+def full_micro_batch(plan: Plan, device: torch.device) -> MicroBatch:
+    """The most that a micro-batch of the run can be: full rows, every token but the first a target."""
+    shape = (plan.batch.micro_batch_rows, plan.shards.seq_len)
+    tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+    targets = torch.ones(shape, dtype=torch.bool, device=device)
+    targets[:, 0] = False
+    positions = torch.arange(shape[1], device=device).expand(shape) % max(
+        2, shape[1] // 2
+    )  # two documents: a mask is made
+    sets = torch.zeros(shape[0], dtype=torch.int64, device=device)
+    return MicroBatch(tokens, targets, positions, torch.zeros_like(tokens), np.arange(shape[0]), 0, sets)
 
 
 def prove_isolation(plan: Plan, engine: Engine, made: Any) -> float:

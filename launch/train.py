@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import torch
 
     from sft_dist.checkpoint import Checkpoints
+    from sft_dist.gpus import Gpu
     from sft_dist.usage import Budget
 
 
@@ -153,9 +154,24 @@ class Plan:
 
     @classmethod
     def of(
-        cls, config: RunConfig, topology: Topology, life: Life, resume: Resume = AS_IT_IS, stage: Path | None = None
+        cls,
+        config: RunConfig,
+        topology: Topology,
+        life: Life,
+        resume: Resume = AS_IT_IS,
+        stage: Path | None = None,
+        *,
+        card: Gpu | None = None,
+        is_elsewhere: bool = False,
     ) -> Plan:
-        """Open the shards, or their copies under `stage`, and do the arithmetic; raises ConfigError or DataError."""
+        """Open the shards, or their copies under `stage`, and do the arithmetic; raises ConfigError or DataError.
+
+        `micro_batch_rows: auto` is settled by the GPU `card`, or by this machine's; one row where the run `is_elsewhere`, on GPUs
+        that are not known.
+        """
+        is_auto = config.train.micro_batch_rows == "auto"
+        if is_auto:
+            config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_rows": 1})})
         run_dir, folders = Path(config.run_dir), tuple(copy_of(Path(folder), stage) for folder in config.shards_dirs)
         shards, mixture = rows_of(config, folders)
         is_same_batch = not resume.is_fresh and "batch-change" not in resume.allow
@@ -165,7 +181,12 @@ class Plan:
         rows = total_rows(config.train, batch, shards.num_rows)
         zero = zero_config(config.zero)
         _check_early_stopping(config, folders)
-        return cls(config, topology, life, resume, run_dir, folders, shards, mixture, zero, batch, rows)
+        made = cls(config, topology, life, resume, run_dir, folders, shards, mixture, zero, batch, rows)
+        if not is_auto or (is_elsewhere and card is None):
+            return made
+        from launch import fit
+
+        return fit.settled(made, card or fit.of_this_machine(topology))
 
     @property
     def shards_dir(self) -> Path:
@@ -264,10 +285,15 @@ def _saved_identity(folder: Path, step: int | None) -> dict[str, Any]:
 
 def run_plan(plan: Plan, stop: StopRequest) -> int:
     """Build the parts of a run and train."""
-    from launch import parts
+    from torch.cuda import is_available as has_gpu
+
+    from launch import fit, parts
     from sft_dist.preflight import require_room
 
     check_deadline(plan.config)
+    tight = (
+        fit.refuse_what_cannot_fit(plan, fit.model_of(plan), fit.of_this_machine(plan.topology)) if has_gpu() else None
+    )
     held = lock(plan.run_dir) if plan.topology.is_main else None
     model, made = parts.model(plan)
     checkpoints = parts.checkpoints(plan, parts.identity(plan, made))
@@ -276,6 +302,7 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     size = parts.checkpoint_bytes(model)
     room = require_room(checkpoints.folder, checkpoints.retention, size, is_fresh=plan.resume.is_fresh)
 
+    warnings = [line for line in (tight, room) if line]
     comms, device = parts.comms(plan)
     checkpoints.join(comms)
     plan = replace(plan, life=comms.broadcast(plan.life))  # under a plain torchrun each rank made up its own
@@ -291,7 +318,7 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     watching, journal = parts.watchdog(plan), parts.journal(plan)
     budget = parts.budget(plan, journal)
     try:
-        reason, state, total = _train(plan, model, made, size, room, checkpoints, device, stop, watching, budget)
+        reason, state, total = _train(plan, model, made, size, warnings, checkpoints, device, stop, watching, budget)
     finally:
         if journal is not None:
             journal.close()
@@ -318,7 +345,7 @@ def _train(
     model: Any,
     made: Any,
     size: int,
-    room: str | None,
+    warnings: Sequence[str],
     checkpoints: Checkpoints,
     device: torch.device,
     stop: StopRequest,
@@ -326,7 +353,7 @@ def _train(
     budget: Budget,
 ) -> tuple[str, TrainState, int]:
     """From a model to its last step; returns why it ended, the state that is saved by then, and the steps of the run."""
-    from launch import parts
+    from launch import fit, parts
     from sft_dist.preflight import rehearse
     from sft_dist.stragglers import Stragglers
     from sft_dist.trainer import train
@@ -342,6 +369,9 @@ def _train(
     engine = parts.engine(plan, model, device)
     beat("prove isolation")
     moved = parts.prove_isolation(plan, engine, made)
+    if device.type == "cuda":  # where there is none, memory that runs out is no error that could be caught
+        beat("dry step")
+        fit.dry_step(plan, engine, parts.full_micro_batch(plan, device))
     beat("restore")
     state, resumed_from = parts.resume(plan, checkpoints, engine)
     total = plan.steps(state)
@@ -353,7 +383,7 @@ def _train(
     say(
         f"a checkpoint: {size / 1e6:,.1f} MB, {size / speed:,.2f} s at the {speed / 1e9:.2f} GB/s of {checkpoints.folder}"
     )
-    for line in [*healthy, *([room] if room else [])]:
+    for line in [*healthy, *warnings]:
         say(line)
     stop.save_seconds = size / speed
     if plan.life.end_time is not None:

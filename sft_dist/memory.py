@@ -26,54 +26,63 @@ from sft_dist.schema import ModelConfig
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Alive(NamedTuple):
+    """Bytes at a moment, and what of them has the vocabulary as its last dimension."""
+
+    bytes: int
+    logits: int = 0
+
+
 class Gradient(NamedTuple):
     """When a parameter's gradient came: its number of elements, the most that was alive since the last one, and what is then."""
 
     numel: int
-    peak: int
-    after: int
+    peak: Alive
+    after: Alive
 
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """Bytes of one micro-batch's activations and temporary values, weights and gradients not counted.
+    """One micro-batch's activations and temporary values, weights and gradients not counted.
 
-    `forward`: the most before the first gradient is there, of it `logits` with the vocabulary as last dimension; `gradients`: how
-    it goes on from there. All grow in proportion to the rows.
+    `forward`: the most before the first gradient is there; `gradients`: how it goes on. All grow in proportion to the rows.
     """
 
-    forward: int
-    logits: int
+    forward: Alive
     gradients: tuple[Gradient, ...] = ()
 
     def times(self, rows: int) -> Traced:
         """Of so many rows.
 
-        >>> Traced(10, 4, (Gradient(5, 8, 3),)).times(2)
-        Traced(forward=20, logits=8, gradients=(Gradient(numel=5, peak=16, after=6),))
+        >>> Traced(Alive(10, 4)).times(2)
+        Traced(forward=Alive(bytes=20, logits=8), gradients=())
         """
-        gradients = tuple(Gradient(numel, peak * rows, after * rows) for numel, peak, after in self.gradients)
-        return Traced(self.forward * rows, self.logits * rows, gradients)
 
-    def backward(self, bucket: int, bytes_of_bucket: float, bytes_to_reduce: float) -> tuple[int, float]:
+        def more(alive: Alive) -> Alive:
+            return Alive(alive.bytes * rows, alive.logits * rows)
+
+        gradients = tuple(Gradient(numel, more(peak), more(after)) for numel, peak, after in self.gradients)
+        return Traced(more(self.forward), gradients)
+
+    def backward(self, bucket: int, bytes_of_bucket: float, bytes_to_reduce: float) -> tuple[Alive, float]:
         """(activations, bytes of buffers) when most is needed while gradients fill buckets of so many elements.
 
         `bytes_of_bucket`: what a bucket takes while it is filled; `bytes_to_reduce`: more of them, an element that is reduced.
 
-        >>> Traced(500, 0, (Gradient(60, 500, 400), Gradient(50, 450, 100))).backward(100, 200.0, 6.0)
-        (400, 560.0)
+        >>> traced = Traced(Alive(500), (Gradient(60, Alive(500), Alive(400)), Gradient(50, Alive(450), Alive(100))))
+        >>> traced.backward(100, 200.0, 6.0)
+        (Alive(bytes=400, logits=0), 560.0)
         """
-        most, filled, before = (0, 0.0), 0, 0
+        moments, filled, before = [(Alive(0), 0.0)], 0, Alive(0)
         for place, (numel, peak, after) in enumerate(self.gradients):
-            peak = peak if place else 0  # that is the most of all before it, when there is no bucket yet
+            if place:  # the first one's peak is that of all before it, when there is no bucket yet
+                moments.append((peak, bytes_of_bucket))
             if filled and filled + numel > bucket:
-                reduced, filled = filled, 0
-            else:
-                reduced = 0
-            filled += numel
-            now = max((peak, bytes_of_bucket), (before, bytes_of_bucket + bytes_to_reduce * reduced), key=sum)
-            most, before = max(most, now, key=sum), after
-        return max(most, (before, bytes_of_bucket + bytes_to_reduce * min(filled, bucket)), key=sum)
+                moments.append((before, bytes_of_bucket + bytes_to_reduce * filled))
+                filled = 0
+            filled, before = filled + numel, after
+        moments.append((before, bytes_of_bucket + bytes_to_reduce * min(filled, bucket)))
+        return max(moments, key=lambda moment: moment[0].bytes + moment[1])
 
 
 class Live(TorchDispatchMode):
@@ -81,13 +90,12 @@ class Live(TorchDispatchMode):
 
     def __init__(self, vocab_size: int = 0) -> None:
         super().__init__()
-        self.bytes = self.peak = self.peak_logits = 0
-        self._vocab_size, self._logits = vocab_size, 0
+        self.bytes = self.logits = 0
+        self.peak = Alive(0)
+        self._vocab_size = vocab_size
         self._seen: dict[int, tuple[int, bool]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:  # a value of a tensor that has none
-            return {torch.bool: False, torch.uint8: 0, torch.int64: 1}.get(args[0].dtype, 1.0)
         out = func(*args, **(kwargs or {}))
         for made in tree_leaves(out):
             if isinstance(made, torch.Tensor):
@@ -102,18 +110,18 @@ class Live(TorchDispatchMode):
         self._seen[storage._cdata] = storage.nbytes(), is_logits
         weakref.finalize(storage, self._end, storage._cdata)
         self.bytes += storage.nbytes()
-        self._logits += storage.nbytes() * is_logits
-        if self.bytes > self.peak:
-            self.peak, self.peak_logits = self.bytes, self._logits
+        self.logits += storage.nbytes() * is_logits
+        if self.bytes > self.peak.bytes:
+            self.restart()
 
     def _end(self, key: int) -> None:
         num_bytes, is_logits = self._seen.pop(key)
         self.bytes -= num_bytes
-        self._logits -= num_bytes * is_logits
+        self.logits -= num_bytes * is_logits
 
     def restart(self) -> None:
         """Forget the peak so far."""
-        self.peak, self.peak_logits = self.bytes, self._logits
+        self.peak = Alive(self.bytes, self.logits)
 
 
 def trace(config: ModelConfig, made: PretrainedConfig, *, seq_len: int, precision: str, checkpointing: bool) -> Traced:
@@ -125,11 +133,11 @@ def trace(config: ModelConfig, made: PretrainedConfig, *, seq_len: int, precisio
         positions, places = torch.arange(seq_len)[None], torch.zeros(seq_len - 1, dtype=torch.int64)
         before = live.bytes
         live.restart()
-        gradients: list[tuple[int, int, int, int]] = []
+        gradients: list[Gradient] = []
 
         def take(parameter: torch.Tensor) -> None:
-            peak, of_logits, parameter.grad = live.peak - before, live.peak_logits, None
-            gradients.append((parameter.numel(), peak, live.bytes - before, of_logits))
+            peak, parameter.grad = Alive(live.peak.bytes - before, live.peak.logits), None
+            gradients.append(Gradient(parameter.numel(), peak, Alive(live.bytes - before, live.logits)))
             live.restart()
 
         for parameter in model.parameters():
@@ -138,8 +146,7 @@ def trace(config: ModelConfig, made: PretrainedConfig, *, seq_len: int, precisio
         loss = -log_probs_at(logits, tokens, torch.zeros_like(places), places).sum()
         del logits
         loss.backward()
-    _, forward, _, of_logits = gradients[0]
-    return Traced(forward, of_logits, tuple(Gradient(*each[:3]) for each in gradients))
+    return Traced(gradients[0].peak, tuple(gradients))
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,18 +235,21 @@ def parts(size: Size, traced: Traced, zero: Mapping[str, Any], *, world_size: in
     """The memory of a rank under a DeepSpeed configuration, with the activations of its micro-batch.
 
     >>> zero2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000_000}}
-    >>> made = parts(Size(1_000_000_000, 50_000_000), Traced(8 << 30, 1 << 30), zero2, world_size=8, precision="bf16")
+    >>> made = parts(Size(1_000_000_000, 50_000_000), Traced(Alive(8 << 30, 1 << 30)), zero2, world_size=8, precision="bf16")
     >>> [round(part / 2**30, 2) for part in (made.weights, made.gradients, made.optimizer, made.activations, made.total)]
     [1.86, 0.47, 1.4, 7.0, 11.73]
     """
     section = zero.get("zero_optimization", {})
     kept = _kept(size, section, world_size, precision)
     activations, buffers = traced.backward(_bucket(section), kept.bucket, kept.to_reduce)
-    forward, backward = traced.forward + kept.gathered, activations + buffers + kept.gathered
-    work = {"activations": 0.0, "logits": 0.0, "buffers": kept.in_step}
-    if forward >= max(backward, kept.in_step):
-        work = {"activations": traced.forward - traced.logits, "logits": traced.logits, "buffers": kept.gathered}
-    elif backward >= kept.in_step:
-        work = {"activations": activations, "logits": 0.0, "buffers": buffers + kept.gathered}
-    work["buffers"] += kept.always
-    return Parts(kept.weights, kept.gradients, kept.optimizer, host=kept.host, **work)
+    moments = [(traced.forward, kept.gathered), (activations, buffers + kept.gathered), (Alive(0), kept.in_step)]
+    alive, more = max(moments, key=lambda moment: moment[0].bytes + moment[1])
+    return Parts(
+        kept.weights,
+        kept.gradients,
+        kept.optimizer,
+        alive.bytes - alive.logits,
+        alive.logits,
+        kept.always + more,
+        kept.host,
+    )

@@ -214,8 +214,8 @@ class TrainConfig(Section):
     """Rows of one optimizer step over all ranks (this, or `global_batch_samples`)."""
     global_batch_samples: int | None = Field(default=None, ge=1)
     """Documents of one optimizer step, on average; turned into rows by the shards' documents per row."""
-    micro_batch_rows: int = Field(default=1, ge=1)
-    """Rows of one forward pass on one rank."""
+    micro_batch_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Rows of one forward pass on one rank; `auto`: as many as divide the batch and fit the GPU, the batch stays as it is."""
     epochs: Float | None = Field(default=None, gt=0)
     """Passes over the rows (this, or `max_steps`); fractions are allowed."""
     max_steps: int | None = Field(default=None, ge=1)

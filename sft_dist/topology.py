@@ -14,7 +14,7 @@ from sft_dist.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Rank and size of the world this process belongs to, and where its processes meet.
+    """Rank and size of the world this process belongs to, and of its part on this machine, and where its processes meet.
 
     >>> Topology(rank=1, world_size=2, local_rank=1).is_main
     False
@@ -24,6 +24,7 @@ class Topology:
     world_size: int = 1
     local_rank: int = 0
     rendezvous: str = "env://"
+    local_world_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -37,7 +38,7 @@ class Topology:
         Raises ConfigError where the announcement is incomplete.
 
         >>> Topology.from_environment({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"})
-        Topology(rank=3, world_size=8, local_rank=3, rendezvous='env://')
+        Topology(rank=3, world_size=8, local_rank=3, rendezvous='env://', local_world_size=8)
         >>> Topology.from_environment({}).world_size
         1
         """
@@ -50,7 +51,9 @@ class Topology:
                 f"environment: {', '.join(missing)} not set although {', '.join(set(names) - set(missing))} is; "
                 "start ranks with torchrun, deepspeed or `sft-dist train`"
             )
-        return cls(*(int(environment[name]) for name in names))
+        rank, world_size, local_rank = (int(environment[name]) for name in names)
+        of_node = int(environment.get("LOCAL_WORLD_SIZE", world_size))
+        return cls(rank, world_size, local_rank, local_world_size=of_node)
 
 
 def node_name(environment: Mapping[str, str] = os.environ) -> str:

@@ -106,14 +106,26 @@ def zero_stage(zero: Mapping[str, Any]) -> int:
     return zero.get("zero_optimization", {}).get("stage", 0)
 
 
-def _zero_path(name: str) -> Path:
+def _folders() -> list[Path]:
     package = Path(__file__).parent
-    shipped = [folder / "ds_configs" for folder in (package, package.parent)]
-    candidates = [Path(name)] + [folder / Path(name).name for folder in shipped if name.startswith("ds_configs/")]
+    return [folder / "ds_configs" for folder in (package, package.parent)]
+
+
+def shipped() -> list[str]:
+    """The DeepSpeed files of this package, as a run file names them.
+
+    >>> shipped()[0]
+    'ds_configs/zero0.json'
+    """
+    return sorted({f"ds_configs/{path.name}" for folder in _folders() for path in folder.glob("*.json")})
+
+
+def _zero_path(name: str) -> Path:
+    candidates = [Path(name)] + [folder / Path(name).name for folder in _folders() if name.startswith("ds_configs/")]
     for path in candidates:
         if path.is_file():
             return path
-    names = sorted(path.name for folder in shipped for path in folder.glob("*.json"))
+    names = [Path(name).name for name in shipped()]
     close = difflib.get_close_matches(Path(name).name, names, n=1)
     hint = f"did you mean ds_configs/{close[0]}?" if close else f"shipped: {', '.join(names)}"
     raise ConfigError(f"zero: {name!r}: no such DeepSpeed file; {hint}")

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROWS = [
     "errors files data.records",
+    "gpus",
     "schema topology identity",
     "batch",
     "zero",
@@ -22,10 +23,11 @@ ROWS = [
     "data.work data.mixture",
     "data.merge",
     "data.build data.loader data.view comms loss metrics attention layout stragglers optimizer",
-    "model engine store foreign",
+    "model engine store foreign flops",
+    "memory",
     "manifest",
     "checkpoint",
-    "account evaluate export verify preflight health",
+    "account evaluate export verify preflight health plan",
     "trainer",
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row.split()}

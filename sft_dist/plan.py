@@ -1,0 +1,160 @@
+"""What a run will take before it takes it: which configurations fit a GPU, the largest micro-batch, and the time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from sft_dist.errors import ConfigError
+from sft_dist.flops import flops_per_row, matmul_parameters
+from sft_dist.gpus import GIB, Gpu
+from sft_dist.memory import Parts, Size, Traced, parts, trace
+from sft_dist.schema import ModelConfig
+
+ERROR = 0.10  # of a prediction, at most: what is more than so much too large is refused
+
+
+def divisors(number: int) -> list[int]:
+    """Ascending.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    small = [one for one in range(1, int(number**0.5) + 1) if number % one == 0]
+    return small + [number // one for one in reversed(small) if one * one != number]
+
+
+@dataclass
+class Model:
+    """A model as it is planned with: its size and cost, and what its activations take; no weights are made.
+
+    >>> Model(config, made, meta, seq_len=1024, precision="bf16").parts(zero, world_size=8, rows=4).total  # doctest: +SKIP
+    11735891968.0
+    """
+
+    config: ModelConfig
+    made: PretrainedConfig
+    meta: torch.nn.Module
+    seq_len: int
+    precision: str
+    _traced: dict[bool, Traced] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.size = Size.of(self.meta)
+
+    def parts(self, zero: Mapping[str, Any], *, world_size: int, rows: int, checkpointing: bool) -> Parts:
+        """The memory of a rank with micro-batches of `rows` rows."""
+        if checkpointing not in self._traced:
+            names = {"seq_len": self.seq_len, "precision": self.precision, "checkpointing": checkpointing}
+            self._traced[checkpointing] = trace(self.config, self.made, **names)
+        traced = self._traced[checkpointing].times(rows)
+        return parts(self.size, traced, zero, world_size=world_size, precision=self.precision)
+
+    def largest(
+        self, zero: Mapping[str, Any], gpu: Gpu, *, world_size: int, rows_per_rank: int, checkpointing: bool
+    ) -> int | None:
+        """The largest micro-batch that divides a rank's rows of a step and fits the GPU; None when not even one row does."""
+        for rows in reversed(divisors(rows_per_rank)):
+            made = self.parts(zero, world_size=world_size, rows=rows, checkpointing=checkpointing)
+            if made.total <= gpu.usable_bytes:
+                return rows
+        return None
+
+    def flops(self, documents_per_row: float) -> float:
+        """FLOPs that a row's learning takes."""
+        matrices = matmul_parameters(self.meta)
+        return flops_per_row(self.made, matrices, seq_len=self.seq_len, documents_per_row=documents_per_row)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One way to run: a DeepSpeed file, recomputation or not, and the memory of a rank with micro-batches of `rows`.
+
+    `largest`: the largest micro-batch that fits; None where none does, or where no GPU was named.
+    """
+
+    zero: str
+    checkpointing: bool
+    rows: int
+    parts: Parts
+    largest: int | None
+
+    @property
+    def rank(self) -> tuple[bool, bool, bool, int, int]:
+        """Ascending from the fastest: offload waits for the bus, short micro-batches for the weights, recomputation costs a third
+        more, and each ZeRO stage talks as much as the one before or more."""
+        return (
+            "offload" in self.zero,
+            (self.largest or 0) < 2,
+            self.checkpointing,
+            _stage(self.zero),
+            -(self.largest or 0),
+        )
+
+
+def _stage(zero: str) -> int:
+    return next((int(letter) for letter in zero if letter.isdigit()), 9)
+
+
+def choices(
+    model: Model,
+    zeros: Mapping[str, Mapping[str, Any]],
+    gpu: Gpu | None,
+    *,
+    world_size: int,
+    rows_per_rank: int,
+    rows: int | None,
+) -> Iterator[Choice]:
+    """Every DeepSpeed file with and without recomputation; `rows` of a micro-batch, None: the largest that fits, or one."""
+    for name, zero in zeros.items():
+        if model.precision != "fp32" and zero.get("zero_optimization", {}).get("stage", 0) == 0:
+            continue  # refused: DeepSpeed's optimizer takes a wrong first step there
+        for checkpointing in (False, True):
+            common = {"world_size": world_size, "checkpointing": checkpointing}
+            largest = model.largest(zero, gpu, rows_per_rank=rows_per_rank, **common) if gpu is not None else None
+            used = rows or largest or 1
+            yield Choice(name, checkpointing, used, model.parts(zero, rows=used, **common), largest)
+
+
+def require_fit(made: Parts, gpu: Gpu, what: str, advice: str) -> str | None:
+    """None where `what` fits, a warning where it may not; raises ConfigError where it cannot, even if `ERROR` less is needed."""
+    needed, there = made.total / GIB, gpu.memory_bytes / GIB
+    if needed * (1 - ERROR) > there:
+        raise ConfigError(f"{what}: {needed:,.1f} GiB are needed on a GPU of {there:,.1f} GiB ({_of(made)}). {advice}")
+    if made.total > gpu.usable_bytes:
+        return (
+            f"warning: {what}: {needed:,.1f} GiB of the {there:,.1f} GiB of a GPU are needed by prediction ({_of(made)}), which may be "
+            f"too much. {advice}"
+        )
+    return None
+
+
+def _of(made: Parts) -> str:
+    names = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
+    return ", ".join(f"{name} {getattr(made, name) / GIB:,.1f}" for name in names if getattr(made, name) >= 0.05 * GIB)
+
+
+def advice(all_choices: Iterator[Choice] | list[Choice], own: str, checkpointing: bool) -> str:
+    """What would fit instead, with numbers: the nearest changes first."""
+    fitting = sorted((choice for choice in all_choices if choice.largest), key=lambda choice: choice.rank)
+    same = [choice for choice in fitting if (choice.zero, choice.checkpointing) == (own, checkpointing)]
+    told = []
+    for choice in [*same, *fitting][:3]:
+        changes = [f"micro_batch_rows {choice.largest}"]
+        changes += [f"zero {choice.zero}"] if choice.zero != own else []
+        changes += (
+            [f"gradient_checkpointing {str(choice.checkpointing).lower()}"]
+            if choice.checkpointing != checkpointing
+            else []
+        )
+        told.append(" and ".join(changes))
+    told = list(dict.fromkeys(told))
+    return (
+        f"These fit: {'; or '.join(told)}"
+        if told
+        else "Nothing that is shipped fits: use more GPUs, larger ones, or a smaller model or seq_len"
+    )

@@ -1,0 +1,140 @@
+"""The witness of the memory plan: the real engine under DeepSpeed, on fake tensors, measured by torch's own MemTracker.
+
+Nothing is allocated, so that it runs for any size on any machine; the ranks are one real one and the word of a fake process
+group for the others. A process can do this once: the group and DeepSpeed's state are global.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sft_dist.engine
+from sft_dist.batch import derive_batch
+from sft_dist.engine import Engine
+from sft_dist.loss import log_probs_at
+from sft_dist.memory import DTYPES
+from sft_dist.model import build, model_config
+from sft_dist.schema import ModelConfig, TrainConfig
+from sft_dist.topology import Topology
+from sft_dist.zero import zero_config
+
+
+class Values(TorchDispatchMode):
+    """A fake tensor has no value; DeepSpeed asks for norms and whether there was an overflow."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return {torch.bool: False, torch.uint8: 0, torch.int64: 1}.get(args[0].dtype, 1.0)
+        return func(*args, **(kwargs or {}))
+
+
+class MicroBatch:
+    """Full rows, without values."""
+
+    first_ordinal = 0
+
+    def __init__(self, rows: int, seq_len: int) -> None:
+        self.tokens = torch.zeros(rows, seq_len, dtype=torch.int64)
+        self.targets = torch.ones(rows, seq_len, dtype=torch.bool)
+        self.positions = torch.arange(seq_len).repeat(rows, 1)
+        self.rows = range(rows)
+
+
+def measure(
+    *,
+    model: dict[str, Any],
+    vocab_size: int,
+    seq_len: int,
+    stage: str,
+    precision: str,
+    world_size: int,
+    rows: int,
+    checkpointing: bool,
+) -> dict[str, int]:
+    """Peak bytes of one rank over two steps of two micro-batches, and of them those that offload keeps in host memory."""
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    _let_ranks_agree()
+    train = TrainConfig(
+        global_batch_rows=2 * rows * world_size, micro_batch_rows=rows, max_steps=1, precision=precision
+    )
+    config = ModelConfig(config=model)
+    made = model_config(config, vocab_size=vocab_size, seq_len=seq_len, eos_id=0)
+    tracker = MemTracker()
+    with FakeTensorMode(), Values(), tracker:
+        built = build(config, made, seed=0, gradient_checkpointing=checkpointing, dtype=DTYPES[precision])
+        torch.nn.Module._apply = lambda self, fn, recurse=True: self  # it is where it is to be, and as it is to be
+        batch = derive_batch(train, world_size, 1.0)
+        zero, topology = zero_config(f"ds_configs/zero{stage}.json"), Topology(world_size=world_size)
+        engine = Engine(built, zero, train, batch, topology, torch.device("cpu"))
+
+        def each_anew() -> bool:
+            return bool(tracker.reset_mod_stats())  # by module, which it keeps of one forward pass only
+
+        for _ in range(2):
+            batches = [MicroBatch(rows, seq_len) for _ in range(2)]
+            engine.learn(batches, denominator=1, learning_rate=1e-3, total=lambda loss: 1.0, should_abandon=each_anew)
+        host = _host_bytes(engine, stage)
+        peak = tracker.get_tracker_snapshot("peak")
+    bytes_ = next(value["Total"] for device, value in peak.items() if device.type == "cpu")
+    return {"peak": bytes_, "host": host}
+
+
+def _let_ranks_agree() -> None:
+    """What only a group of real ranks could do: agree; and the loss's targets, whose number is their values'."""
+    import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
+    from deepspeed.accelerator import get_accelerator
+
+    coordinator.assert_ints_same_as_other_ranks = lambda *arguments, **more: None
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+
+    def every_target(logits: torch.Tensor, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        places = torch.zeros(targets[:, 1:].numel(), dtype=torch.int64)
+        return log_probs_at(logits, tokens, places, places)
+
+    sft_dist.engine.target_log_probs = every_target
+    Engine._clip_unwrapped = lambda self: 1.0
+
+
+def _host_bytes(engine: Engine, stage: str) -> int:
+    """What DeepSpeed has put into host memory, which on a CPU looks like the rest."""
+    if "offload" not in stage:
+        return 0
+    optimizer, kept, gone = engine.deepspeed.optimizer, [], 0
+    if stage.startswith("2"):
+        kept += [*optimizer.single_partition_of_fp32_groups, optimizer.temp_grad_buffer_for_cpu_offload]
+        kept += [tensor.grad for tensor in optimizer.single_partition_of_fp32_groups]
+        kept += _tensors(optimizer.param_buffer_of_bit16_for_cpu_offload_groups)
+        gone = sum(
+            4 * tensor.numel() for tensor in optimizer.single_partition_of_fp32_groups
+        )  # gradients until the step
+    else:
+        kept += [*optimizer.fp32_partitioned_groups_flat, optimizer.grad_partitions_flat_buffer]
+        kept += [tensor.grad for tensor in optimizer.fp32_partitioned_groups_flat]
+        kept += _tensors(optimizer.param_groups_fp16_flat_cpu_memory)
+    kept += _tensors(dict(engine.adam.state))
+    storages = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept if tensor is not None
+    }
+    return sum(storages.values()) + gone
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        return [values]
+    inner = values.values() if isinstance(values, dict) else values if isinstance(values, (list, tuple)) else []
+    return [tensor for value in inner for tensor in _tensors(value)]
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(**json.loads(sys.argv[1]))))
