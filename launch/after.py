@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from sft_dist.data.mixture import BLOCK, Joined
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.export import ABOUT, export, read_run
+from sft_dist.labels import LabelTask
 from sft_dist.manifest import masters, read_manifest, read_state, verify
+from sft_dist.metrics import confusion_table
 from sft_dist.retention import list_folders
 from sft_dist.topology import Topology
 
@@ -36,11 +39,12 @@ def _is_run(model: str) -> bool:
     return (Path(model) / "run.yaml").is_file()
 
 
-def _open(model: str) -> tuple[Any, str, list[str]]:
-    """(plain model, tokenizer folder or id, the sets of shards of the run it is from) of a run folder, an export or a hub id."""
+def _open(model: str) -> tuple[Any, str, dict[str, str]]:
+    """(plain model, tokenizer folder or id, the run's folders of shards by the names of its sets) of a run, an export or a hub id."""
     if _is_run(model):
         trained = read_run(Path(model))
-        return trained.model, str(trained.tokenizer), trained.config.shards_dirs
+        sets = dict(zip(trained.config.set_names, trained.config.shards_dirs, strict=True))
+        return trained.model, str(trained.tokenizer), sets
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             model, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
@@ -51,48 +55,65 @@ def _open(model: str) -> tuple[Any, str, list[str]]:
             "Hugging Face id"
         ) from None
     about = Path(model) / ABOUT
-    known = json.loads(about.read_text())["shards"] if about.is_file() else []
-    return loaded, model, [known] if isinstance(known, str) else known
+    known = json.loads(about.read_text()) if about.is_file() else {"shards": []}
+    folders = [known["shards"]] if isinstance(known["shards"], str) else known["shards"]
+    names = known.get("sets") or (measure.file_names(folders) if folders else [])
+    return loaded, model, dict(zip(names, folders, strict=True))
 
 
 def evaluate_models(models: tuple[str, ...], shards: str | None, *, micro_batch_rows: int, as_json: bool) -> None:
     """Print the held-out numbers of each model."""
     for model in models:
-        values = measure_model(model, shards, micro_batch_rows=micro_batch_rows)
+        measured = measure_model(model, shards, micro_batch_rows=micro_batch_rows)
+        matrix = {} if measured.confusion is None else {"confusion": measured.confusion}
         if as_json:
-            print(json.dumps({"model": model, **values}))
-        else:
-            shown = "  ".join(f"{name.removeprefix('validation_')} {value:.4f}" for name, value in values.items())
-            print(f"{model}: {shown}")
+            print(json.dumps({"model": model, **measured.values, **matrix}))
+            continue
+        shown = "  ".join(f"{name.removeprefix('validation_')} {value:.4f}" for name, value in measured.values.items())
+        print("\n".join([f"{model}: {shown}", *map(confusion_table, matrix.values())]))
 
 
-def measure_model(model: str, shards: str | None, *, micro_batch_rows: int) -> dict[str, float]:
+def measure_model(model: str, shards: str | None, *, micro_batch_rows: int) -> measure.Measured:
     """The held-out numbers of a run, an export or a hub model, on its own shards or named ones."""
-    loaded, tokenizer, own_shards = _open(model)
-    folders = [shards] if shards else own_shards
+    loaded, tokenizer, own_sets = _open(model)
+    folders = {"": shards} if shards else own_sets
     if not folders:
         raise ConfigError(f"{model}: no shards are known for it; name prepared ones with --shards FOLDER")
-    return _measure(loaded, tokenizer, [Path(folder) for folder in folders], model, micro_batch_rows)
+    return _measure(
+        loaded, tokenizer, {name: Path(folder) for name, folder in folders.items()}, model, micro_batch_rows
+    )
 
 
-def _measure(model: Any, tokenizer: str, folders: list[Path], name: str, micro_batch_rows: int) -> dict[str, float]:
-    for folder in (folder for folder in folders if not folder.is_dir()):
+def _measure(
+    model: Any, tokenizer: str, folders: dict[str, Path], name: str, micro_batch_rows: int
+) -> measure.Measured:
+    for folder in (folder for folder in folders.values() if not folder.is_dir()):
         raise ConfigError(
             f"{name}: its shards are not in {folder.absolute()}; start from the folder that the run was started from, or "
             "name them with --shards FOLDER"
         )
-    sets = [shards for folder in folders if (shards := measure.open_shards(folder, "validation"))]
-    if not sets:
-        where = ", ".join(map(str, folders))
+    names, places = list(folders), list(folders.values())
+    validation, general = (measure.held_out(names, places, split) for split in ("validation", "general"))
+    if not validation:
+        where = ", ".join(map(str, places))
         raise ConfigError(f"{where}: has no validation split; set prepare.validation_fraction and prepare again")
-    validation = Joined(sets)
-    measure.same_tokenizer(validation, Tokenizer.load(tokenizer).fingerprint, name)
+    loaders = {}
+    for split, sets in (("validation", validation), ("general", general)):
+        if sets:
+            joined = Joined(list(sets.values()))
+            measure.same_tokenizer(joined, Tokenizer.load(tokenizer).fingerprint, name)
+            loaders[split] = Loader(joined, Topology(), micro_batch_rows=micro_batch_rows, shuffle=False)
     forward, comms = measure.alone(model, _device())
-    loader = Loader(validation, Topology(), micro_batch_rows=micro_batch_rows, shuffle=False)
-    task = measure.LabelTask.open(folders[0] / "labels") if len(folders) == 1 else None
-    evaluator = measure.Evaluator(comms, loader, task)
+    evaluator = measure.Evaluator(
+        comms,
+        loaders["validation"],
+        LabelTask.open(places[0] / "labels") if len(places) == 1 else None,
+        general=loaders.get("general"),
+        sources=measure.Sources.of(list(validation.values()), list(validation)),
+    )
     try:
-        return evaluator.metrics(forward)
+        measured = evaluator.metrics(forward)
+        return replace(measured, values=measured.values | evaluator.general_loss(forward))
     finally:
         comms.close()
 

@@ -184,6 +184,12 @@ class Plan:
             return self.config.prepare.template
         return json.loads((self.shards_dir / "prepare.json").read_text())["settings"]["prepare"]["template"]
 
+    @property
+    def is_text(self) -> bool:
+        """Whether it learns plain text, which has no questions: of a mixture, whether the first set does."""
+        schemas = json.loads((self.shards_dir / "prepare.json").read_text()).get("schemas", [])
+        return bool(schemas) and set(schemas) <= {"text", "tokens"}
+
     def steps(self, state: TrainState | None = None) -> int:
         """Optimizer steps of the whole run; those behind `state` are counted as they were taken."""
         state = state or TrainState()
@@ -274,6 +280,8 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     if not plan.resume.is_fresh:
         checkpoints.check(plan.resume.from_step)
     size = parts.checkpoint_bytes(model)
+    if plan.config.evaluate.prompts:
+        parts.sampling(plan)  # raises where one is too long
     room = require_room(checkpoints.folder, checkpoints.retention, size, is_fresh=plan.resume.is_fresh)
 
     comms, device = parts.comms(plan)
@@ -305,7 +313,8 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
         if reason == "spent":
             detail = budget.cause or detail
         Verdict(plan.life.name, reason, state.step, detail).write(plan.run_dir / "verdicts")
-        print(_last_word(plan, reason, state.step, total, detail), flush=True)
+        told = parts.told_at_the_end(plan, state.step) if reason != "stopped" else []
+        print("\n".join([*told, _last_word(plan, reason, state.step, total, detail)]), flush=True)
     comms.barrier()
     comms.close()
     if held is not None:
@@ -362,6 +371,7 @@ def _train(
         )
     beat("start-up")
     nodes = nodes if len(nodes) > 1 else []
+    evaluator = parts.evaluator(plan, checkpoints.comms)
     try:
         while True:
             reason, state = train(
@@ -370,7 +380,7 @@ def _train(
                 comms=checkpoints.comms,
                 state=state,
                 learning_rate=parts.schedule(plan, total),
-                evaluator=parts.evaluator(plan, checkpoints.comms),
+                evaluator=evaluator,
                 checkpoints=checkpoints,
                 metrics=metrics,
                 stop=stop,

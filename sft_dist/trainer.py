@@ -42,6 +42,7 @@ class Cadence:
     log_steps: int = 1
     evaluate_steps: int | None = None
     checkpoint_steps: int | None = None
+    samples_steps: int | None = None
 
 
 def train(
@@ -176,9 +177,11 @@ def train(
         is_last = state.step >= cadence.last_step and early_stopping is None  # else it is measured as it is saved
         if _is_due(state.step, cadence.evaluate_steps) and not is_last:
             with contextlib.suppress(_AbandonedError), budget.measuring():  # the next step's vote will stop the run
-                measured = evaluator.interim(logits_unless_stopped)
-                metrics.scalars(state.step, measured)
+                measured = evaluator.interim(state.step, logits_unless_stopped, metrics)
                 state = account.judged(state, measured, early_stopping)
+        if _is_due(state.step, cadence.samples_steps) and state.step < cadence.last_step:
+            with contextlib.suppress(_AbandonedError), budget.measuring():
+                evaluator.answer(state.step, logits_unless_stopped, metrics)
         report(checkpoints.finished())
         is_best = state.best is not None and state.best.step == state.step
         if (_is_due(state.step, cadence.checkpoint_steps) or retries or is_best) and state.streak is None:
@@ -192,7 +195,7 @@ def train(
     if reason in ("completed", "plateaued", "spent") and (state.step > start_step or not is_measured):
         try:
             was_evaluated = early_stopping is not None and state.score_here is not None  # with all scores
-            evaluator.measure(state.step, logits_unless_stopped, metrics, only_samples=was_evaluated)
+            evaluator.measure(state.step, logits_unless_stopped, metrics, is_scored=was_evaluated)
         except _AbandonedError:
             reason = "stopped"
     beat("save")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sft_dist.checkpoint import Checkpoints
-from sft_dist.evaluate import Evaluator
+from sft_dist.evaluate import Evaluator, Measured
 from sft_dist.limits import StopRequest
 from sft_dist.metrics import Metrics
 from sft_dist.retention import Retention
@@ -193,7 +193,7 @@ class AtTheEnd(Evaluator):
             self.count += 1
             if self.stop is not None and self.count > 3:  # the first three are those before the first step
                 self.stop.cause = "SIGTERM"
-        return {"validation_loss": 1.0}
+        return Measured({"validation_loss": 1.0})
 
     def samples(self, forward):
         return []

@@ -55,7 +55,9 @@ def test_a_run_and_its_export_measure_the_same(finished):
         for name in ("run", "export")
     )
     assert of_run == of_export
-    assert of_run["validation_loss"] == pytest.approx(runs.measured(finished / "run", 2)["validation_loss"], rel=1e-5)
+    assert of_run.values["validation_loss"] == pytest.approx(
+        runs.measured(finished / "run", 2)["validation_loss"], rel=1e-5
+    )
 
 
 def test_a_llama_in_bf16_is_exported_as_it_was_trained(tmp_path):
@@ -69,7 +71,9 @@ def test_a_llama_in_bf16_is_exported_as_it_was_trained(tmp_path):
     run_workers(runs.run, 2, path, (llama, "train.max_steps=3", "train.precision=bf16", "zero=ds_configs/zero3.json"))
     run_workers(call, 1, "export_run", tmp_path / "run", tmp_path / "export", None)
     measured = run_workers(call, 1, "measure_model", str(tmp_path / "export"), None, micro_batch_rows=4)[0]
-    assert measured["validation_loss"] == pytest.approx(runs.measured(tmp_path / "run", 3)["validation_loss"], rel=1e-4)
+    assert measured.values["validation_loss"] == pytest.approx(
+        runs.measured(tmp_path / "run", 3)["validation_loss"], rel=1e-4
+    )
 
 
 def test_an_answer_is_one_of_few_words(finished):

@@ -121,7 +121,8 @@ UNKNOWN = [
     (
         "evaluate__zzz",
         1,
-        "evaluate.zzz: unknown key (value 1); keys here: early_stopping, every_steps, max_new_tokens, samples",
+        "evaluate.zzz: unknown key (value 1); keys here: early_stopping, every_steps, max_forgetting, "
+        "max_new_tokens, prompts, samples, samples_every_steps",
     ),
     (
         "prepare__tokenizer",
@@ -554,6 +555,13 @@ def test_the_tighter_one_of_hours_and_money_counts(tmp_path):
 def test_early_stopping_without_evaluations_is_refused(tmp_path):
     said = refusal(written(tmp_path), "evaluate.early_stopping={patience: 2}")
     assert "early_stopping judges evaluations, and there are none; add for example every_steps: 100" in said
+
+
+def test_answering_no_prompts_every_so_many_steps_is_refused(tmp_path):
+    every = "evaluate={samples: 0, samples_every_steps: 5"
+    said = refusal(written(tmp_path), every + "}")
+    assert "samples_every_steps answers prompts, and there are none; add prompts, or samples: 4" in said
+    assert load(written(tmp_path), [every + ", prompts: [hello]}"]).evaluate.prompts == ["hello"]
 
 
 def test_what_the_page_on_run_control_shows_can_be_written(tmp_path):

@@ -22,7 +22,7 @@ ROWS = [
     "data.work data.mixture",
     "data.merge",
     "data.build data.loader data.view comms loss metrics attention layout stragglers optimizer",
-    "model engine store foreign",
+    "model engine store foreign answers labels",
     "manifest",
     "checkpoint",
     "account evaluate export verify preflight health",
