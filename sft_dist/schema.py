@@ -133,6 +133,9 @@ class PrepareConfig(Section):
     sources: list[SourceConfig] = Field(min_length=1)
     validation_sources: list[SourceConfig] = []
     """Files that are validation as a whole; with them `validation_fraction` is usually 0."""
+    general: list[SourceConfig] = []
+    """Plain text that the model should not forget: its perplexity is measured before and after. Nothing of it is trained on:
+    training examples that overlap with it are dropped as `curate.decontaminate` does."""
     curate: CurateConfig = CurateConfig()
     template: str = "plain"
     """`plain`, `alpaca`, `chat`, `chatml`, `llama2`, `llama3`; `tokenizer` (its own chat template); a `.jinja` file; or a text
@@ -155,6 +158,16 @@ class PrepareConfig(Section):
     seed: int = Field(default=0, ge=0)
     out: str
     """Folder of the shards."""
+
+    @model_validator(mode="after")
+    def _plain_general_text(self) -> PrepareConfig:
+        for source in self.general:
+            if source.schema_ not in (None, "text"):
+                raise ValueError(
+                    f"general: {source.path} has schema {source.schema_}, and general text is plain text; leave the schema out, and "
+                    "name the column with text"
+                )
+        return self
 
 
 class ModelConfig(Section):

@@ -557,6 +557,14 @@ def test_early_stopping_without_evaluations_is_refused(tmp_path):
     assert "early_stopping judges evaluations, and there are none; add for example every_steps: 100" in said
 
 
+def test_general_text_of_another_schema_is_refused(tmp_path):
+    said = refusal(written(tmp_path), "prepare.general=[{path: a.jsonl, schema: messages}]")
+    assert said.endswith(
+        ": prepare: general: a.jsonl has schema messages, and general text is plain text; leave the schema out, and name the "
+        "column with text"
+    )
+
+
 def test_answering_no_prompts_every_so_many_steps_is_refused(tmp_path):
     every = "evaluate={samples: 0, samples_every_steps: 5"
     said = refusal(written(tmp_path), every + "}")
