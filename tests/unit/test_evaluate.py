@@ -14,8 +14,9 @@ from sft_dist.data.shards import write
 from sft_dist.data.template import template_from
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.errors import DataError
-from sft_dist.evaluate import Evaluator, Measured, held_out_loss, open_shards, same_tokenizer
+from sft_dist.evaluate import Evaluator, Measured, forgetting, held_out_loss, open_shards, same_tokenizer
 from sft_dist.labels import LabelTask, confusion, label_metrics, label_scores
+from sft_dist.metrics import Metrics
 from sft_dist.model import build, model_config
 from sft_dist.schema import ModelConfig, PrepareConfig, SentencePieceTraining, SourceConfig, TrainedTokenizer
 from sft_dist.topology import Topology
@@ -355,3 +356,40 @@ def test_an_evaluator_measures_what_there_is(data, tokenizer, forward, held_out,
     assert Evaluator(comms, loader, None).metrics(forward) == Measured(loss)
     nothing = Evaluator(comms, None, None)
     assert (nothing.loss(forward), nothing.metrics(forward), nothing.samples(forward)) == ({}, Measured(), [])
+
+
+def test_what_has_been_answered_at_a_step_is_not_answered_again_at_its_end(comms):
+    told = []
+
+    class Once(Evaluator):
+        def samples(self, forward):
+            told.append(forward)
+            return []
+
+    evaluator = Once(comms, None, None)
+    evaluator.answer(4, "on the way", Metrics())
+    evaluator.measure(4, "the end", Metrics())
+    evaluator.measure(5, "another end", Metrics())
+    assert told == ["on the way", "another end"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "most", "told"),
+    [
+        (31.2, 33.0, 0.1, ["general text: perplexity 31.2 before, 33.0 after (+5.8 %)"]),
+        (31.2, 30.0, 0.1, ["general text: perplexity 31.2 before, 30.0 after (-3.8 %)"]),
+        (None, 33.0, 0.1, ["general text: perplexity 33.0 after; it was not measured before"]),
+        (
+            10.0,
+            11.5,
+            0.1,
+            [
+                "general text: perplexity 10.0 before, 11.5 after (+15.0 %)",
+                "warning: the perplexity of general text rose by more than evaluate.max_forgetting 0.1: the model forgets. "
+                "Lower train.learning_rate, train for fewer epochs, or mix general text in",
+            ],
+        ),
+    ],
+)
+def test_forgetting_is_judged_by_how_much_the_perplexity_rose(before, after, most, told):
+    assert forgetting(before, after, most) == told
