@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from sft_dist.config import read
 from sft_dist.data.loader import Loader
 from sft_dist.data.mixture import BLOCK, Joined
 from sft_dist.data.tokenise import Tokenizer
-from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.errors import CheckpointError, ConfigError, DataError
 from sft_dist.export import ABOUT, export, read_run
 from sft_dist.labels import LabelTask
 from sft_dist.manifest import masters, read_manifest, read_state, verify
@@ -116,6 +118,81 @@ def _measure(
         return replace(measured, values=measured.values | evaluator.general_loss(forward))
     finally:
         comms.close()
+
+
+def run_tasks(models: tuple[str, ...], tasks: list[str], *, micro_batch_rows: int, as_json: bool) -> None:
+    """Print what lm-eval measures of each model: public benchmarks by name, or tasks of one's own by their YAML file."""
+    for model in models:
+        results = measure_tasks(model, tasks, micro_batch_rows=micro_batch_rows)
+        print(json.dumps({"model": model, "tasks": results}) if as_json else f"{model}:\n{_table(results)}")
+
+
+def measure_tasks(model: str, tasks: list[str], *, micro_batch_rows: int) -> dict[str, dict[str, float]]:
+    """By task and metric what lm-eval measures of a run (as it would be exported), an export or a hub model.
+
+    Raises ConfigError where lm-eval is missing or does not know a task, DataError where the data of one is out of reach.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--tasks: needs {error.name}, which is not installed; pip install 'sft-dist[lm-eval]'"
+        ) from None
+    manager = TaskManager()
+    for task in tasks:
+        if task not in manager.all_tasks and not Path(task).is_file():
+            close = difflib.get_close_matches(task, manager.all_tasks, n=1)
+            remedy = f"did you mean {close[0]}?" if close else "`lm-eval ls tasks` lists them"
+            raise ConfigError(f"--tasks: {task!r} is neither a task that lm-eval knows nor a YAML file; {remedy}")
+    with tempfile.TemporaryDirectory() as folder:
+        if _is_run(model):
+            export(Path(model), Path(folder) / "export")
+            model = str(Path(folder) / "export")
+        loaded, tokenizer, _ = _open(model)
+        made = HFLM(
+            pretrained=loaded.to(_device()),
+            tokenizer=AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False),
+            batch_size=micro_batch_rows,
+        )
+        try:
+            found = lm_eval.simple_evaluate(model=made, tasks=tasks, task_manager=manager, log_samples=False)
+        except OSError as error:
+            raise DataError(
+                f"--tasks: {str(error).splitlines()[0]}; most tasks read their data from the Hugging Face hub: make it reachable, or "
+                "name a task of files that are here"
+            ) from None
+    return {task: _numbers(values) for task, values in found["results"].items()}
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    """What lm-eval says of a task, without what is no number.
+
+    >>> _numbers({"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.1, "exact_match,strict": 0.25, "f1_stderr,none": "N/A"})
+    {'acc': 0.5, 'acc_stderr': 0.1, 'exact_match,strict': 0.25}
+    """
+    numbers = {name: value for name, value in values.items() if "," in name and isinstance(value, int | float)}
+    return {name.removesuffix(",none"): float(value) for name, value in numbers.items()}
+
+
+def _table(results: dict[str, dict[str, float]]) -> str:
+    """A line for each metric of each task.
+
+    >>> print(_table({"arc": {"acc": 0.5, "acc_stderr": 0.125}, "squad": {"f1,strict": 0.25}}))
+      arc    acc        0.5000 ± 0.1250
+      squad  f1,strict  0.2500
+    """
+    rows = []
+    for task, numbers in results.items():
+        for name, value in numbers.items():
+            kind, comma, variant = name.partition(",")
+            if kind.endswith("_stderr"):
+                continue
+            error = numbers.get(f"{kind}_stderr{comma}{variant}")
+            rows.append((task, name, f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")))
+    widths = [max((len(row[place]) for row in rows), default=0) for place in (0, 1)]
+    return "\n".join(f"  {task:{widths[0]}}  {name:{widths[1]}}  {value}" for task, name, value in rows)
 
 
 def verify_run(run_dir: Path) -> proof.Certificate:

@@ -33,6 +33,8 @@ def task(tmp_path_factory):
         "evaluate.samples_every_steps=4",
         "evaluate.prompts=[win a prize now]",
         "train.learning_rate=0.03",
+        "train.micro_batch_rows=1",
+        "train.global_batch_rows=6",
     )
 
 
@@ -62,9 +64,7 @@ def measured(topology, run_dir: Path):
 def test_forgetting_is_told_at_the_end_and_the_number_before_outlives_restarts(task, tmp_path):
     path, common = task
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    said, silence, _ = run_workers(
-        told, 3, path, (f"run_dir={whole}", "train.micro_batch_rows=1", "train.global_batch_rows=6", *common)
-    )
+    said, silence, _ = run_workers(told, 3, path, (f"run_dir={whole}", *common))
     assert silence == ""
     before, after = general(whole).values()
     assert list(general(whole)) == [0, 12]
@@ -82,7 +82,7 @@ def test_forgetting_is_told_at_the_end_and_the_number_before_outlives_restarts(t
     assert sum(map(sum, matrix["counts"])) > 20
 
     # stopped after five steps by one rank alone, and gone on with on another number of them
-    options = (f"run_dir={parted}", "train.micro_batch_rows=1", "train.global_batch_rows=6", *common)
+    options = (f"run_dir={parted}", *common)
     first = run_workers(told, 2, path, options, stop_at=5, stopping_rank=1)[0]
     assert "general text" not in first
     assert re.search(r"stopped after step \d of 12", first)

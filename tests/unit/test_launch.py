@@ -88,6 +88,9 @@ def test_an_unknown_command_or_option_is_code_2():
     assert sft_dist("trian").exit_code == 2
     assert sft_dist("train", "--nproc", "0", "run.yaml").exit_code == 2
     assert sft_dist("eval").exit_code == 2
+    both = sft_dist("eval", "run", "--tasks", "hellaswag", "--shards", "shards")
+    assert both.exit_code == 2
+    assert "--tasks have data of their own and --shards is that of the run" in both.stderr
 
 
 def test_print_config_shows_every_value_and_the_derived_numbers(run, tmp_path):
