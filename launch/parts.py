@@ -323,12 +323,13 @@ def metrics(
     return Metrics(sinks), console.say
 
 
-def has_measured(plan: Plan, state: TrainState, comms: Comms) -> bool:
+def has_measured(plan: Plan, state: TrainState, evaluator: Evaluator) -> bool:
     """Whether the metrics hold what is measured at the end, for the step of `state`; every rank calls it."""
-    evaluate = plan.config.evaluate
-    last = {"samples"} if evaluate.samples or evaluate.prompts else {"validation_loss", "general_loss"}
+    last = "validation_loss" if evaluator.general is None else "general_loss"
+    if evaluator.sampling is not None and evaluator.sampling.prompts:
+        last = "samples"
     lines = read_lines(plan.run_dir / "metrics.jsonl") if plan.topology.is_main else []
-    return comms.broadcast(any(line["step"] == state.step and last & line.keys() for line in lines))
+    return evaluator.comms.broadcast(any(line["step"] == state.step and last in line for line in lines))
 
 
 def told_at_the_end(plan: Plan, step: int) -> list[str]:

@@ -388,7 +388,7 @@ def _train(
                 watchdog=watching,
                 budget=budget,
                 early_stopping=parts.early_stopping(plan),
-                is_measured=state.step < total or parts.has_measured(plan, state, checkpoints.comms),
+                is_measured=state.step < total or parts.has_measured(plan, state, evaluator),
                 stragglers=Stragglers(nodes) if nodes else None,
                 epochs_of_sets=plan.mixture.epochs if plan.mixture and len(plan.mixture.names) > 1 else None,
                 bad_steps=parts.bad_steps(plan),

@@ -100,3 +100,17 @@ def test_forgetting_is_told_at_the_end_and_the_number_before_outlives_restarts(t
     assert of_json["confusion"] == matrix
     assert f"general_perplexity {after:.4f}" in text
     assert "truth ↓ taken for →" in text
+
+
+def test_of_a_run_without_validation_the_end_is_measured_once(task, tmp_path):
+    """No prompts of the validation split there are, and none of one's own: started again, it finds all measured."""
+    path, (general_text, *_) = task
+    shards = tmp_path / "shards"
+    options = [general_text, "prepare.validation_fraction=0", f"prepare.out={shards}", "train.max_steps=2"]
+    prepare(load(path, options).prepare)
+    assert not (shards / "validation").exists()
+    options += [f"run_dir={tmp_path / 'run'}", "evaluate.samples=4"]
+    for _ in range(2):
+        said = run_workers(told, 1, path, options)[0]
+        assert re.search(r"general text: perplexity \d+\.\d before, \d+\.\d after", said)
+    assert list(general(tmp_path / "run")) == [0, 2]

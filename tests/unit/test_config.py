@@ -572,8 +572,21 @@ def test_answering_no_prompts_every_so_many_steps_is_refused(tmp_path):
     assert load(written(tmp_path), [every + ", prompts: [hello]}"]).evaluate.prompts == ["hello"]
 
 
+def shown(page):
+    """The YAML of a page of the docs, as sections of a run file."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
+    return {key: value for block in blocks for key, value in yaml.safe_load(block).items()}
+
+
 def test_what_the_page_on_run_control_shows_can_be_written(tmp_path):
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "control.md").read_text(), flags=re.DOTALL)
-    config = load(written(tmp_path, **{key: value for block in blocks for key, value in yaml.safe_load(block).items()}))
+    config = load(written(tmp_path, **shown("control.md")))
     assert config.budget.gpu_seconds == pytest.approx(800 / 2.10 * 3600)
     assert config.evaluate.early_stopping.warmup_steps == 200
+
+
+def test_what_the_page_on_measuring_shows_can_be_written(tmp_path):
+    values = shown("evaluation.md")
+    prepare = {f"prepare__{key}": value for key, value in values["prepare"].items()}
+    config = load(written(tmp_path, evaluate=values["evaluate"], **prepare))
+    assert [source.text for source in config.prepare.general] == ["text", "body"]
+    assert config.evaluate.samples_every_steps == 1000
