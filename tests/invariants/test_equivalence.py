@@ -82,6 +82,20 @@ def test_zero_stages(go, reference, stage):
     assert_same_curve(runs.numbers(run_dir), runs.numbers(reference), tolerance=TOLERANCE)
 
 
+def test_fewer_validation_rows_than_ranks(go, task, tmp_path):
+    """One row, and three ranks under ZeRO 3, which hangs where one of them calls the model less often than another."""
+    few = ("prepare.validation_fraction=0.01", f"prepare.out={tmp_path / 'few'}", "train.max_steps=2")
+    prepare(load(task, few).prepare)
+    assert Shards.open(tmp_path / "few" / "validation").num_rows == 1
+    common = (*few, "train.global_batch_rows=6", "evaluate.every_steps=1")
+    alone = go("alone", 1, "train.micro_batch_rows=2", *common)
+    three = go("three", 3, "train.micro_batch_rows=2", "zero=ds_configs/zero3.json", *common)
+    for step in (0, 1):
+        ours, theirs = runs.measured(three, step), runs.measured(alone, step)
+        assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=2e-6)
+    assert runs.measured(three, 2)["validation_accuracy"] == runs.measured(alone, 2)["validation_accuracy"]
+
+
 def test_effective_batches_of_thousands(go, task):
     """3,840 rows by accumulation (240 micro-batches a rank) are the step that large micro-batches take on one rank."""
     common = ("train.global_batch_rows=3840", "train.max_steps=1", "evaluate.samples=0")

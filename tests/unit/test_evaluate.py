@@ -14,7 +14,7 @@ from sft_dist.data.shards import write
 from sft_dist.data.template import template_from
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.errors import DataError
-from sft_dist.evaluate import Evaluator, Measured, forgetting, held_out_loss, open_shards, same_tokenizer
+from sft_dist.evaluate import Evaluator, Measured, forgetting, held_out, held_out_loss, open_shards, same_tokenizer
 from sft_dist.labels import LabelTask, confusion, label_metrics, label_scores
 from sft_dist.metrics import Metrics
 from sft_dist.model import build, model_config
@@ -85,8 +85,8 @@ def alone_log_probs(model, tokenizer, record, label):
     return [log_probs[place - 1, ids[place]].item() for place in range(len(prompt), len(ids))]
 
 
-@pytest.fixture(scope="module")
-def held_out(data):
+@pytest.fixture(scope="module", name="held_out")
+def records_held_out(data):
     records = list(read_conversations(data / "validation.jsonl"))
     assert len(records) > 15
     return records
@@ -356,6 +356,12 @@ def test_an_evaluator_measures_what_there_is(data, tokenizer, forward, held_out,
     assert Evaluator(comms, loader, None).metrics(forward) == Measured(loss)
     nothing = Evaluator(comms, None, None)
     assert (nothing.loss(forward), nothing.metrics(forward), nothing.samples(forward)) == ({}, Measured(), [])
+
+
+def test_the_splits_of_a_mixture_are_those_of_its_sets_that_have_one(data, tmp_path):
+    found = held_out(["bare", "colours"], [tmp_path, data], "validation")
+    assert {name: shards.folder for name, shards in found.items()} == {"colours": data / "validation"}
+    assert held_out(["colours"], [data], "general") == {}
 
 
 def test_what_has_been_answered_at_a_step_is_not_answered_again_at_its_end(comms):
