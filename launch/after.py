@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,11 @@ from sft_dist.config import read
 from sft_dist.data.loader import Loader
 from sft_dist.data.mixture import BLOCK, Joined
 from sft_dist.data.tokenise import Tokenizer
-from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.errors import CheckpointError, ConfigError, DataError
 from sft_dist.export import ABOUT, export, read_run
+from sft_dist.labels import LabelTask
 from sft_dist.manifest import masters, read_manifest, read_state, verify
+from sft_dist.metrics import confusion_table
 from sft_dist.retention import list_folders
 from sft_dist.topology import Topology
 
@@ -36,11 +41,12 @@ def _is_run(model: str) -> bool:
     return (Path(model) / "run.yaml").is_file()
 
 
-def _open(model: str) -> tuple[Any, str, list[str]]:
-    """(plain model, tokenizer folder or id, the sets of shards of the run it is from) of a run folder, an export or a hub id."""
+def _open(model: str) -> tuple[Any, str, dict[str, str]]:
+    """(plain model, tokenizer folder or id, the run's folders of shards by the names of its sets) of a run, an export or a hub id."""
     if _is_run(model):
         trained = read_run(Path(model))
-        return trained.model, str(trained.tokenizer), trained.config.shards_dirs
+        sets = dict(zip(trained.config.set_names, trained.config.shards_dirs, strict=True))
+        return trained.model, str(trained.tokenizer), sets
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             model, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
@@ -51,50 +57,142 @@ def _open(model: str) -> tuple[Any, str, list[str]]:
             "Hugging Face id"
         ) from None
     about = Path(model) / ABOUT
-    known = json.loads(about.read_text())["shards"] if about.is_file() else []
-    return loaded, model, [known] if isinstance(known, str) else known
+    known = json.loads(about.read_text()) if about.is_file() else {"shards": []}
+    folders = [known["shards"]] if isinstance(known["shards"], str) else known["shards"]
+    names = known.get("sets") or (measure.file_names(folders) if folders else [])
+    return loaded, model, dict(zip(names, folders, strict=True))
 
 
 def evaluate_models(models: tuple[str, ...], shards: str | None, *, micro_batch_rows: int, as_json: bool) -> None:
     """Print the held-out numbers of each model."""
     for model in models:
-        values = measure_model(model, shards, micro_batch_rows=micro_batch_rows)
+        measured = measure_model(model, shards, micro_batch_rows=micro_batch_rows)
+        matrix = {} if measured.confusion is None else {"confusion": measured.confusion}
         if as_json:
-            print(json.dumps({"model": model, **values}))
-        else:
-            shown = "  ".join(f"{name.removeprefix('validation_')} {value:.4f}" for name, value in values.items())
-            print(f"{model}: {shown}")
+            print(json.dumps({"model": model, **measured.values, **matrix}))
+            continue
+        shown = "  ".join(f"{name.removeprefix('validation_')} {value:.4f}" for name, value in measured.values.items())
+        print("\n".join([f"{model}: {shown}", *map(confusion_table, matrix.values())]))
 
 
-def measure_model(model: str, shards: str | None, *, micro_batch_rows: int) -> dict[str, float]:
+def measure_model(model: str, shards: str | None, *, micro_batch_rows: int) -> measure.Measured:
     """The held-out numbers of a run, an export or a hub model, on its own shards or named ones."""
-    loaded, tokenizer, own_shards = _open(model)
-    folders = [shards] if shards else own_shards
+    loaded, tokenizer, own_sets = _open(model)
+    folders = {"": shards} if shards else own_sets
     if not folders:
         raise ConfigError(f"{model}: no shards are known for it; name prepared ones with --shards FOLDER")
-    return _measure(loaded, tokenizer, [Path(folder) for folder in folders], model, micro_batch_rows)
+    return _measure(
+        loaded, tokenizer, {name: Path(folder) for name, folder in folders.items()}, model, micro_batch_rows
+    )
 
 
-def _measure(model: Any, tokenizer: str, folders: list[Path], name: str, micro_batch_rows: int) -> dict[str, float]:
-    for folder in (folder for folder in folders if not folder.is_dir()):
+def _measure(
+    model: Any, tokenizer: str, folders: dict[str, Path], name: str, micro_batch_rows: int
+) -> measure.Measured:
+    for folder in (folder for folder in folders.values() if not folder.is_dir()):
         raise ConfigError(
             f"{name}: its shards are not in {folder.absolute()}; start from the folder that the run was started from, or "
             "name them with --shards FOLDER"
         )
-    sets = [shards for folder in folders if (shards := measure.open_shards(folder, "validation"))]
-    if not sets:
-        where = ", ".join(map(str, folders))
+    names, places = list(folders), list(folders.values())
+    validation, general = (measure.held_out(names, places, split) for split in ("validation", "general"))
+    if not validation:
+        where = ", ".join(map(str, places))
         raise ConfigError(f"{where}: has no validation split; set prepare.validation_fraction and prepare again")
-    validation = Joined(sets)
-    measure.same_tokenizer(validation, Tokenizer.load(tokenizer).fingerprint, name)
+    loaders = {}
+    for split, sets in (("validation", validation), ("general", general)):
+        if sets:
+            joined = Joined(list(sets.values()))
+            measure.same_tokenizer(joined, Tokenizer.load(tokenizer).fingerprint, name)
+            loaders[split] = Loader(joined, Topology(), micro_batch_rows=micro_batch_rows, shuffle=False)
     forward, comms = measure.alone(model, _device())
-    loader = Loader(validation, Topology(), micro_batch_rows=micro_batch_rows, shuffle=False)
-    task = measure.LabelTask.open(folders[0] / "labels") if len(folders) == 1 else None
-    evaluator = measure.Evaluator(comms, loader, task)
+    evaluator = measure.Evaluator(
+        comms,
+        loaders["validation"],
+        LabelTask.open(places[0] / "labels") if len(places) == 1 else None,
+        general=loaders.get("general"),
+        sources=measure.Sources.of(list(validation.values()), list(validation)),
+    )
     try:
-        return evaluator.metrics(forward)
+        measured = evaluator.metrics(forward)
+        return replace(measured, values=measured.values | evaluator.general_loss(forward))
     finally:
         comms.close()
+
+
+def run_tasks(models: tuple[str, ...], tasks: list[str], *, micro_batch_rows: int, as_json: bool) -> None:
+    """Print what lm-eval measures of each model: public benchmarks by name, or tasks of one's own by their YAML file."""
+    for model in models:
+        results = measure_tasks(model, tasks, micro_batch_rows=micro_batch_rows)
+        print(json.dumps({"model": model, "tasks": results}) if as_json else f"{model}:\n{_table(results)}")
+
+
+def measure_tasks(model: str, tasks: list[str], *, micro_batch_rows: int) -> dict[str, dict[str, float]]:
+    """By task and metric what lm-eval measures of a run (as it would be exported), an export or a hub model.
+
+    Raises ConfigError where lm-eval is missing or does not know a task, DataError where the data of one is out of reach.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--tasks: needs {error.name}, which is not installed; pip install 'sft-dist[lm-eval]'"
+        ) from None
+    manager = TaskManager()
+    for task in tasks:
+        if task not in manager.all_tasks and not Path(task).is_file():
+            close = difflib.get_close_matches(task, manager.all_tasks, n=1)
+            remedy = f"did you mean {close[0]}?" if close else "`lm-eval ls tasks` lists them"
+            raise ConfigError(f"--tasks: {task!r} is neither a task that lm-eval knows nor a YAML file; {remedy}")
+    with tempfile.TemporaryDirectory() as folder:
+        if _is_run(model):
+            export(Path(model), Path(folder) / "export")
+            model = str(Path(folder) / "export")
+        loaded, tokenizer, _ = _open(model)
+        made = HFLM(
+            pretrained=loaded.to(_device()),
+            tokenizer=AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False),
+            batch_size=micro_batch_rows,
+        )
+        try:
+            found = lm_eval.simple_evaluate(model=made, tasks=tasks, task_manager=manager, log_samples=False)
+        except OSError as error:
+            raise DataError(
+                f"--tasks: {str(error).splitlines()[0]}; most tasks read their data from the Hugging Face hub: make it reachable, or "
+                "name a task of files that are here"
+            ) from None
+    return {task: _numbers(values) for task, values in found["results"].items()}
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    """What lm-eval says of a task, without what is no number.
+
+    >>> _numbers({"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.1, "exact_match,strict": 0.25, "f1_stderr,none": "N/A"})
+    {'acc': 0.5, 'acc_stderr': 0.1, 'exact_match,strict': 0.25}
+    """
+    numbers = {name: value for name, value in values.items() if "," in name and isinstance(value, int | float)}
+    return {name.removesuffix(",none"): float(value) for name, value in numbers.items()}
+
+
+def _table(results: dict[str, dict[str, float]]) -> str:
+    """A line for each metric of each task.
+
+    >>> print(_table({"arc": {"acc": 0.5, "acc_stderr": 0.125}, "squad": {"f1,strict": 0.25}}))
+      arc    acc        0.5000 ± 0.1250
+      squad  f1,strict  0.2500
+    """
+    rows = []
+    for task, numbers in results.items():
+        for name, value in numbers.items():
+            kind, comma, variant = name.partition(",")
+            if kind.endswith("_stderr"):
+                continue
+            error = numbers.get(f"{kind}_stderr{comma}{variant}")
+            rows.append((task, name, f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")))
+    widths = [max((len(row[place]) for row in rows), default=0) for place in (0, 1)]
+    return "\n".join(f"  {task:{widths[0]}}  {name:{widths[1]}}  {value}" for task, name, value in rows)
 
 
 def verify_run(run_dir: Path) -> proof.Certificate:

@@ -287,13 +287,25 @@ def import_(source: Path, run_file: str, overrides: tuple[str, ...]) -> None:
 @click.argument("models", metavar="RUN_DIR|MODEL...", nargs=-1, required=True)
 @click.option("--shards", help="Folder of prepared shards; default: the run's own.")
 @click.option(
+    "--tasks",
+    metavar="TASK,...",
+    help="Public benchmarks instead, or YAML files of tasks, by lm-eval: sft-dist[lm-eval].",
+)
+@click.option(
     "--micro-batch-rows", type=click.IntRange(min=1), default=8, show_default=True, help="Rows of one forward pass."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a model, for programs.")
-def evaluate(models: tuple[str, ...], shards: str | None, micro_batch_rows: int, as_json: bool) -> None:
-    """Token-weighted validation loss and perplexity; accuracy and F1 for label tasks."""
-    from launch.after import evaluate_models
+def evaluate(
+    models: tuple[str, ...], shards: str | None, tasks: str | None, micro_batch_rows: int, as_json: bool
+) -> None:
+    """Token-weighted validation loss and perplexity, by source; what was forgotten; accuracy, F1 and more for label tasks."""
+    from launch.after import evaluate_models, run_tasks
 
+    if tasks and shards:
+        raise click.UsageError("--tasks have data of their own and --shards is that of the run; give one of them")
+    if tasks:
+        run_tasks(models, tasks.split(","), micro_batch_rows=micro_batch_rows, as_json=as_json)
+        return
     evaluate_models(models, shards, micro_batch_rows=micro_batch_rows, as_json=as_json)
 
 

@@ -155,9 +155,9 @@ def summary(config: RunConfig) -> str:
     lines = [loss_curve(records), ""]
     if len(measured) > 1:
         lines.append(f"{'':24}{'before':>12}{'after':>12}")
-        for name in ("validation_loss", "validation_perplexity", "validation_accuracy", "validation_f1"):
+        for kind in ("loss", "perplexity", "accuracy", "f1", "exact_match"):
+            name, shown = f"validation_{kind}", kind.replace("f1", "F1").replace("_", " ")
             if name in measured[0] and name in measured[-1]:
-                shown = name.removeprefix("validation_").replace("f1", "F1")
                 lines.append(f"held-out {shown:15}{measured[0][name]:>12.4f}{measured[-1][name]:>12.4f}")
     lines += [
         "",

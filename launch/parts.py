@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,22 +22,25 @@ import transformers
 import yaml
 
 from sft_dist import health
+from sft_dist.answers import Sampling, own_prompts, prompts
 from sft_dist.attention import prove_isolation as _prove
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
 from sft_dist.data.build import read_conversations
 from sft_dist.data.loader import Loader, MicroBatch, Step
 from sft_dist.data.mixture import Joined
+from sft_dist.data.shards import Shards
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.data.work import template_for
 from sft_dist.engine import Engine
 from sft_dist.errors import CheckpointError, ConfigError, DataError, DivergedError, HealthError
-from sft_dist.evaluate import Evaluator, LabelTask, Sampling, open_shards, prompts
+from sft_dist.evaluate import Evaluator, Sources, forgetting, held_out
 from sft_dist.files import first_free
 from sft_dist.identity import ALLOWANCES, STREAM, changes
+from sft_dist.labels import LabelTask
 from sft_dist.ledger import Ledger
 from sft_dist.limits import EarlyStopping, Verdict
-from sft_dist.metrics import Console, JsonLines, Metrics, TensorBoard, read_lines
+from sft_dist.metrics import Console, JsonLines, Metrics, TensorBoard, confusion_table, read_lines
 from sft_dist.model import build, has_dropout, model_config
 from sft_dist.retention import Retention, list_folders, step_of
 from sft_dist.schedule import learning_rate
@@ -275,25 +278,45 @@ def schedule(plan: Plan, total_steps: int) -> Callable[[int], float]:
 
 def evaluator(plan: Plan, comms: Comms) -> Evaluator:
     """What is measured on the held-out data."""
-    tokenizer = Tokenizer.load(str(plan.shards_dir / "tokenizer"))
-    sets = [shards for folder in plan.shards_dirs if (shards := open_shards(folder, "validation"))]
     micro, device = plan.config.train.micro_batch_rows, comms.device
-    validation = (
-        Loader(Joined(sets), plan.topology, micro_batch_rows=micro, shuffle=False, device=device) if sets else None
+
+    def loader(sets: Sequence[Shards]) -> Loader:
+        return Loader(Joined(sets), plan.topology, micro_batch_rows=micro, shuffle=False, device=device)
+
+    names = plan.config.set_names
+    validation, general = (held_out(names, plan.shards_dirs, split) for split in ("validation", "general"))
+    return Evaluator(
+        comms,
+        loader(list(validation.values())) if validation else None,
+        None if plan.mixture else LabelTask.open(plan.shards_dir / "labels"),
+        sampling(plan),
+        general=loader(list(general.values())) if general else None,
+        sources=Sources.of(list(validation.values()), list(validation)) if validation else None,
+        scores_always=plan.config.evaluate.early_stopping is not None,
     )
-    records = read_conversations(plan.shards_dir / "validation.jsonl")
+
+
+def sampling(plan: Plan) -> Sampling:
+    """The prompts that are answered before and after. Raises ConfigError for one that leaves no room for an answer."""
+    tokenizer, evaluate = Tokenizer.load(str(plan.shards_dir / "tokenizer")), plan.config.evaluate
     is_file = plan.template.endswith(".jinja")  # it has become the tokenizer's own
     template = template_for("tokenizer" if is_file else plan.template, tokenizer)
-    evaluate = plan.config.evaluate
-    sampling = Sampling(
-        prompts(records, template, tokenizer, evaluate.samples),
+    own = own_prompts(evaluate.prompts, template, tokenizer, is_text=plan.is_text) if evaluate.prompts else []
+    for prompt in own:
+        if len(prompt.ids) >= plan.shards.seq_len:
+            raise ConfigError(
+                f"evaluate.prompts: {prompt.text[:40]!r} has {len(prompt.ids):,} tokens, which leave no room for an answer in "
+                f"prepare.seq_len {plan.shards.seq_len:,}; shorten it"
+            )
+    records = read_conversations(plan.shards_dir / "validation.jsonl")
+    return Sampling(
+        [*prompts(records, template, tokenizer, evaluate.samples), *own],
         decode=tokenizer.decode,
         end_ids=tokenizer.end_ids,
         context=plan.shards.seq_len,
         max_new_tokens=evaluate.max_new_tokens,
+        batch_tokens=plan.config.train.micro_batch_rows * plan.shards.seq_len,
     )
-    task = None if plan.mixture else LabelTask.open(plan.shards_dir / "labels")
-    return Evaluator(comms, validation, task, sampling, scores_always=evaluate.early_stopping is not None)
 
 
 def metrics(
@@ -318,11 +341,24 @@ def metrics(
     return Metrics(sinks), console.say
 
 
-def has_measured(plan: Plan, state: TrainState, comms: Comms) -> bool:
+def has_measured(plan: Plan, state: TrainState, evaluator: Evaluator) -> bool:
     """Whether the metrics hold what is measured at the end, for the step of `state`; every rank calls it."""
-    last = "samples" if plan.config.evaluate.samples else "validation_loss"
+    last = "validation_loss" if evaluator.general is None else "general_loss"
+    if evaluator.sampling is not None and evaluator.sampling.prompts:
+        last = "samples"
     lines = read_lines(plan.run_dir / "metrics.jsonl") if plan.topology.is_main else []
-    return comms.broadcast(any(line["step"] == state.step and last in line for line in lines))
+    return evaluator.comms.broadcast(any(line["step"] == state.step and last in line for line in lines))
+
+
+def told_at_the_end(plan: Plan, step: int) -> list[str]:
+    """What a person should see of the last measurements: the confusion matrix, and what became of the general text."""
+    lines = read_lines(plan.run_dir / "metrics.jsonl")
+    matrices = [line["confusion"] for line in lines if line["step"] == step and "confusion" in line]
+    told = [confusion_table(matrices[-1])] if matrices else []
+    of_general = {line["step"]: line["general_perplexity"] for line in lines if "general_perplexity" in line}
+    if step in of_general:
+        told += forgetting(of_general.get(0), of_general[step], plan.config.evaluate.max_forgetting)
+    return told
 
 
 def early_stopping(plan: Plan) -> EarlyStopping | None:
@@ -404,7 +440,11 @@ def cadence(plan: Plan, total_steps: int) -> Cadence:
     """Every how many steps something happens."""
     config = plan.config
     return Cadence(
-        total_steps, config.train.log_every_steps, config.evaluate.every_steps, config.checkpoint.every_steps
+        total_steps,
+        config.train.log_every_steps,
+        config.evaluate.every_steps,
+        config.checkpoint.every_steps,
+        config.evaluate.samples_every_steps,
     )
 
 

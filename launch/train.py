@@ -205,6 +205,12 @@ class Plan:
             return self.config.prepare.template
         return json.loads((self.shards_dir / "prepare.json").read_text())["settings"]["prepare"]["template"]
 
+    @property
+    def is_text(self) -> bool:
+        """Whether it learns plain text, which has no questions: of a mixture, whether the first set does."""
+        schemas = json.loads((self.shards_dir / "prepare.json").read_text()).get("schemas", [])
+        return bool(schemas) and set(schemas) <= {"text", "tokens"}
+
     def steps(self, state: TrainState | None = None) -> int:
         """Optimizer steps of the whole run; those behind `state` are counted as they were taken."""
         state = state or TrainState()
@@ -300,6 +306,8 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     if not plan.resume.is_fresh:
         checkpoints.check(plan.resume.from_step)
     size = parts.checkpoint_bytes(model)
+    if plan.config.evaluate.prompts:
+        parts.sampling(plan)  # raises where one is too long
     room = require_room(checkpoints.folder, checkpoints.retention, size, is_fresh=plan.resume.is_fresh)
 
     warnings = [line for line in (tight, room) if line]
@@ -332,7 +340,8 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
         if reason == "spent":
             detail = budget.cause or detail
         Verdict(plan.life.name, reason, state.step, detail).write(plan.run_dir / "verdicts")
-        print(_last_word(plan, reason, state.step, total, detail), flush=True)
+        told = parts.told_at_the_end(plan, state.step) if reason != "stopped" else []
+        print("\n".join([*told, _last_word(plan, reason, state.step, total, detail)]), flush=True)
     comms.barrier()
     comms.close()
     if held is not None:
@@ -392,6 +401,7 @@ def _train(
         )
     beat("start-up")
     nodes = nodes if len(nodes) > 1 else []
+    evaluator = parts.evaluator(plan, checkpoints.comms)
     try:
         while True:
             reason, state = train(
@@ -400,7 +410,7 @@ def _train(
                 comms=checkpoints.comms,
                 state=state,
                 learning_rate=parts.schedule(plan, total),
-                evaluator=parts.evaluator(plan, checkpoints.comms),
+                evaluator=evaluator,
                 checkpoints=checkpoints,
                 metrics=metrics,
                 stop=stop,
@@ -408,7 +418,7 @@ def _train(
                 watchdog=watching,
                 budget=budget,
                 early_stopping=parts.early_stopping(plan),
-                is_measured=state.step < total or parts.has_measured(plan, state, checkpoints.comms),
+                is_measured=state.step < total or parts.has_measured(plan, state, evaluator),
                 stragglers=Stragglers(nodes) if nodes else None,
                 epochs_of_sets=plan.mixture.epochs if plan.mixture and len(plan.mixture.names) > 1 else None,
                 bad_steps=parts.bad_steps(plan),

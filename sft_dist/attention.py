@@ -12,6 +12,8 @@ import torch
 
 from sft_dist.errors import ModelError
 
+Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""A model as a function: (tokens, positions), int64 [rows, length] each, to logits [rows, length, vocab]."""
 _LENGTHS = (7, 9, 5)  # three documents in the first of two rows, the other way round in the second; uneven, to show
 
 
@@ -23,7 +25,7 @@ def packed_logits(model: torch.nn.Module, tokens: torch.Tensor, positions: torch
     return model(input_ids=tokens, position_ids=positions, use_cache=False).logits
 
 
-def leak(forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], vocab_size: int) -> tuple[float, float]:
+def leak(forward: Forward, vocab_size: int) -> tuple[float, float]:
     """How far the logits of a document move when its neighbours change, and when it is alone: (perturbed, separate).
 
     `forward` maps (tokens, positions) to logits, in evaluation mode. Both numbers are relative to the largest logit and
@@ -45,9 +47,7 @@ def leak(forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], vocab_si
     return ((whole - perturbed).abs().max() / scale).item(), ((whole - alone).abs().max() / scale).item()
 
 
-def prove_isolation(
-    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], vocab_size: int, *, is_16_bit: bool, kernel: str
-) -> float:
+def prove_isolation(forward: Forward, vocab_size: int, *, is_16_bit: bool, kernel: str) -> float:
     """Measure `leak` and refuse a model whose packed documents see each other; returns the largest movement.
 
     Raises ModelError when the logits move by more than 1e-3 of the largest (3e-2 in 16-bit), or are not finite.

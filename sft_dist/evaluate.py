@@ -1,49 +1,131 @@
-"""What a model has learned, measured the same way at every world size: token-weighted loss, label accuracy, answers.
+"""What a model has learned, measured the same way at every world size: token-weighted loss, labels, answers, forgetting.
 
-A model is here a function (tokens [rows, length], positions [rows, length]) -> logits; under ZeRO 3 every rank must call it
-equally often, so ranks without rows of their own take part with padding.
+Under ZeRO 3 every rank must call the model equally often, so ranks without rows of their own take part with padding.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
+import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
 
+from sft_dist.answers import Sampling
+from sft_dist.attention import Forward
 from sft_dist.comms import Comms
 from sft_dist.data.loader import Loader, MicroBatch
-from sft_dist.data.records import Conversation
 from sft_dist.data.shards import Shards
-from sft_dist.data.template import Template
-from sft_dist.data.tokenise import Tokenizer, prompt_ids
 from sft_dist.errors import DataError
+from sft_dist.labels import LabelTask, confusion, label_metrics, label_scores
 from sft_dist.loss import target_log_probs
 from sft_dist.metrics import Metrics
 from sft_dist.topology import Topology
 
-Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+_log = logging.getLogger("sft_dist")
+
+MOST_FILES = 32
 
 
-def validation_loss(forward: Forward, loader: Loader, comms: Comms) -> dict[str, float]:
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Which source each document of a set is from.
+
+    `names` [sources]; `of_documents`: int64 [documents] in the order of the rows; `first_document`: int64 [rows + 1].
+    """
+
+    names: tuple[str, ...]
+    of_documents: np.ndarray
+    first_document: np.ndarray
+
+    @classmethod
+    def of(cls, sets: Sequence[Shards], names: Sequence[str]) -> Sources | None:
+        """The sets of a mixture under their names; of a single one its files. None where there is only one, or too many."""
+        counts = [one.documents_per_row() for one in sets]
+        first_document = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+        if len(sets) > 1:
+            return cls(tuple(names), np.repeat(np.arange(len(sets)), [int(of.sum()) for of in counts]), first_document)
+        paths, of_documents = sets[0].sources()
+        if len(paths) > MOST_FILES:
+            _log.warning(
+                "%s: its loss is not told by file: it is of %d files, and at most %d are told apart",
+                sets[0].folder, len(paths), MOST_FILES,
+            )  # fmt: skip
+        if not 1 < len(paths) <= MOST_FILES:
+            return None
+        return cls(file_names(paths), of_documents, first_document)
+
+    def sums(self, batch: MicroBatch, log_probs: torch.Tensor) -> torch.Tensor:
+        """(summed loss, target tokens) of each source in a micro-batch: fp64 [2, sources]."""
+        if len(batch.rows) == 0:
+            return torch.zeros(2, len(self.names), dtype=torch.float64)
+        documents = batch.documents.cpu().numpy() + self.first_document[batch.rows][:, None]
+        of_targets = self.of_documents[documents[:, 1:][batch.targets[:, 1:].cpu().numpy()]]
+        losses = np.bincount(of_targets, -log_probs.double().numpy(), len(self.names))
+        counts = np.bincount(of_targets, minlength=len(self.names))
+        return torch.from_numpy(np.stack([losses, counts.astype(np.float64)]))
+
+
+def file_names(paths: Sequence[str]) -> tuple[str, ...]:
+    """Short names for files that can be part of a metric's, as many folders as it takes to tell them apart.
+
+    >>> file_names(["data/a.jsonl.gz", "data/b c.tsv"])
+    ('a', 'b_c')
+    >>> file_names(["x/train.csv", "y/train.csv", "y/train.tsv"])
+    ('x_train', 'y_train', 'y_train_2')
+    """
+    parts = [[re.sub(r"[^\w.-]+", "_", part) for part in PurePosixPath(path).parts] for path in paths]
+    for of_file in parts:
+        of_file[-1] = re.sub(r"(?<=.)\.[A-Za-z]\w*$", "", re.sub(r"\.(gz|zst)$", "", of_file[-1]))
+    depths = [1] * len(paths)
+    for _ in range(max(map(len, parts))):
+        names = ["_".join(of_file[-depth:]) for of_file, depth in zip(parts, depths, strict=True)]
+        depths = [depth + (names.count(name) > 1) for depth, name in zip(depths, names, strict=True)]
+    made: list[str] = []
+    for name in names:
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
+        made.append(name if name not in made else next(one for one in numbered if one not in (*made, *names)))
+    return tuple(made)
+
+
+def held_out_loss(
+    forward: Forward, loader: Loader, comms: Comms, *, name: str = "validation", sources: Sources | None = None
+) -> dict[str, float]:
     """Mean loss over all target tokens of the set, and its exponential; the same number for any world size.
 
-    Every row is read once; the sum is exact to fp64 whatever rank a row fell to.
+    Every row is read once; the sum is exact to fp64 whatever rank a row fell to. With `sources` the same of each that has
+    target tokens, from the same forward passes; they move nothing of the whole.
     """
     totals = torch.zeros(2, dtype=torch.float64)
+    by_source = torch.zeros(2, len(sources.names) if sources else 0, dtype=torch.float64)
     for batch in loader.sweep().micro_batches:
         log_probs = _log_probs(forward, batch)
         totals += torch.tensor([-log_probs.double().sum().item(), len(log_probs)], dtype=torch.float64)
+        if sources is not None:
+            by_source += sources.sums(batch, log_probs)
     total, count = comms.sum_tensor(totals).tolist()
     if count == 0:
         return {}
-    return {"validation_loss": total / count, "validation_perplexity": math.exp(min(total / count, 700.0))}
+    values = {f"{name}_loss": total / count, f"{name}_perplexity": _perplexity(total / count)}
+    if sources is not None:
+        for source, loss, tokens in zip(sources.names, *comms.sum_tensor(by_source).tolist(), strict=True):
+            if tokens:
+                values |= {
+                    f"{name}_loss/{source}": loss / tokens,
+                    f"{name}_perplexity/{source}": _perplexity(loss / tokens),
+                }
+    return values
+
+
+def _perplexity(loss: float) -> float:
+    """A number also of a hopeless model."""
+    return math.exp(min(loss, 700.0))
 
 
 def _log_probs(forward: Forward, batch: MicroBatch) -> torch.Tensor:
@@ -53,125 +135,23 @@ def _log_probs(forward: Forward, batch: MicroBatch) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class LabelTask:
-    """A classification set: each record's prompt followed by each label, packed like anything else.
+class Measured:
+    """What was measured of a model: `values` by the names of their metrics; of a label task the confusion matrix."""
 
-    `candidates`: int64 [documents, 2], the (record, label) of each document of the shards in order; `truth`: int64
-    [records], the right label; `positive`: the label F1 is about in a two-label task (the rarer one in training).
-    """
+    values: dict[str, float] = field(default_factory=dict)
+    confusion: Mapping[str, Any] | None = None
 
-    shards: Shards
-    labels: list[str]
-    candidates: np.ndarray
-    truth: np.ndarray
-    positive: int
-
-    @classmethod
-    def open(cls, folder: Path) -> LabelTask | None:
-        """The label task that `prepare` left in `folder`, None when the data is not one."""
-        if not folder.is_dir():
-            return None
-        about = json.loads((folder / "labels.json").read_text())
-        return cls(
-            Shards.open(folder),
-            about["labels"],
-            np.array(about["candidates"], np.int64).reshape(-1, 2),
-            np.array(about["truth"], np.int64),
-            about["labels"].index(about["positive"]),
-        )
-
-
-def label_scores(forward: Forward, task: LabelTask, comms: Comms, *, micro_batch_rows: int) -> np.ndarray:
-    """Log-likelihood of each label after each record's prompt, fp64 [records, labels], the same on every rank."""
-    topology = comms.topology
-    loader = Loader(task.shards, topology, seed=0, micro_batch_rows=micro_batch_rows, shuffle=False)
-    first_document = np.concatenate([[0], np.cumsum(task.shards.documents_per_row())])
-    scores = torch.zeros(len(task.truth), len(task.labels), dtype=torch.float64)
-    for batch in loader.sweep().micro_batches:
-        log_probs = _log_probs(forward, batch)
-        if len(batch.rows) == 0:  # this rank only kept the others company
-            continue
-        documents = batch.documents.numpy() + first_document[batch.rows][:, None]
-        records, labels = task.candidates[documents[batch.targets.numpy()]].T
-        scores.index_put_((torch.from_numpy(records), torch.from_numpy(labels)), log_probs.double(), accumulate=True)
-    return comms.sum_tensor(scores).numpy()
-
-
-def label_metrics(truth: np.ndarray, predicted: np.ndarray, *, num_labels: int, positive: int) -> dict[str, float]:
-    """Accuracy, and F1 of the positive label (of two) or the unweighted mean F1 (of more).
-
-    >>> label_metrics(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1]), num_labels=2, positive=1)
-    {'validation_accuracy': 0.75, 'validation_f1': 0.8}
-    """
-    scores = []
-    for label in [positive] if num_labels == 2 else range(num_labels):
-        hits = int(((predicted == label) & (truth == label)).sum())
-        total = int((predicted == label).sum() + (truth == label).sum())
-        scores.append(2 * hits / total if total else 0.0)
-    return {
-        "validation_accuracy": float((predicted == truth).mean()),
-        "validation_f1": float(np.mean(scores)),
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A question to be answered before and after: its text, its token ids, and the expected answer."""
-
-    text: str
-    ids: list[int]
-    expected: str
-
-
-def prompts(records: Iterable[Conversation], template: Template, tokenizer: Tokenizer, count: int) -> list[Prompt]:
-    """The first `count` records as questions; of plain text the first 24 tokens are the question."""
-    made = []
-    for record in itertools.islice(records, count):
-        if record.prompt:
-            spans = template.render_prompt(record.prompt, tokenizer.eos_token, record.tools)
-            ids = prompt_ids(spans, tokenizer, adds_bos=template.adds_bos)
-            made.append(Prompt(record.prompt[-1].content, ids, record.turns[-1].content))
-        else:
-            ids = tokenizer.encode(record.turns[0].content)
-            made.append(
-                Prompt(tokenizer.decode(ids[:24]), [*tokenizer.bos_ids, *ids[:24]], tokenizer.decode(ids[24:64]))
-            )
-    return made
-
-
-def answer(
-    forward: Forward, ids: Sequence[int], comms: Comms, *, end_ids: Sequence[int], max_new_tokens: int, context: int
-) -> list[int]:
-    """The greedy continuation of `ids`, up to one of `end_ids`, of at most `max_new_tokens` and within `context` tokens.
-
-    All ranks decode together and take the main rank's word for each token, so that they also stop together.
-    """
-    tokens = list(ids)
-    for _ in range(min(max_new_tokens, context - len(tokens))):
-        sequence = torch.tensor([tokens])
-        logits = forward(sequence, torch.arange(len(tokens))[None])
-        chosen = int(comms.broadcast(int(logits[0, -1].argmax())))
-        if chosen in end_ids:
-            break
-        tokens.append(chosen)
-    return tokens[len(ids) :]
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """The prompts to be answered, and what decoding needs; `context` is the longest sequence in tokens."""
-
-    prompts: list[Prompt]
-    decode: Callable[[list[int]], str]
-    end_ids: list[int]
-    context: int
-    max_new_tokens: int
+    def write(self, step: int, metrics: Metrics) -> None:
+        """To every sink."""
+        metrics.scalars(step, self.values)
+        if self.confusion is not None:
+            metrics.confusion(step, self.confusion)
 
 
 class Evaluator:
     """Everything that is measured about a model on held-out data.
 
-    >>> Evaluator(comms, validation, task, sampling).metrics(forward)  # doctest: +SKIP
+    >>> Evaluator(comms, validation, task, sampling).metrics(forward).values  # doctest: +SKIP
     {'validation_loss': 0.04, 'validation_perplexity': 1.04, 'validation_accuracy': 0.99, 'validation_f1': 0.95}
     """
 
@@ -182,56 +162,81 @@ class Evaluator:
         task: LabelTask | None,
         sampling: Sampling | None = None,
         *,
+        general: Loader | None = None,
+        sources: Sources | None = None,
         scores_always: bool = False,
     ) -> None:
         self.comms, self.validation, self.task, self.sampling = comms, validation, task, sampling
-        self.scores_always = scores_always
+        self.general, self.sources, self.scores_always = general, sources, scores_always
+        self._answered_step: int | None = None
 
-    def interim(self, forward: Forward) -> dict[str, float]:
-        """What is measured during the run: the loss, and the scores of a label task where they are always wanted."""
-        return self.metrics(forward) if self.scores_always else self.loss(forward)
+    def interim(self, step: int, forward: Forward, metrics: Metrics) -> dict[str, float]:
+        """Measure and write what is wanted during the run: the loss, and the scores of a label task where they always are."""
+        measured = self.metrics(forward) if self.scores_always else Measured(self.loss(forward))
+        measured.write(step, metrics)
+        return measured.values
 
     def loss(self, forward: Forward) -> dict[str, float]:
         """Validation loss and perplexity; empty without a validation set."""
-        return validation_loss(forward, self.validation, self.comms) if self.validation is not None else {}
+        if self.validation is None:
+            return {}
+        return held_out_loss(forward, self.validation, self.comms, sources=self.sources)
 
-    def metrics(self, forward: Forward) -> dict[str, float]:
+    def metrics(self, forward: Forward) -> Measured:
         """The loss, and the scores of a label task."""
         values = self.loss(forward)
-        if self.task is not None:
-            rows = self.validation.micro_batch_rows if self.validation is not None else 1
-            scores = label_scores(forward, self.task, self.comms, micro_batch_rows=rows)
-            values |= label_metrics(
-                self.task.truth,
-                scores.argmax(axis=1),
-                num_labels=len(self.task.labels),
-                positive=self.task.positive,
-            )
-        return values
+        if self.task is None:
+            return Measured(values)
+        task, rows = self.task, self.validation.micro_batch_rows if self.validation is not None else 1
+        scores = label_scores(forward, task, self.comms, micro_batch_rows=rows)
+        values |= label_metrics(task.truth, scores.predicted, num_labels=len(task.labels), positive=task.positive)
+        values["validation_exact_match"] = float(scores.is_exact.mean())
+        return Measured(values, confusion(task.labels, task.truth, scores.predicted))
 
-    def measure(self, step: int, forward: Forward, metrics: Metrics, *, only_samples: bool = False) -> None:
-        """Every metric and the sample answers: what is compared before and after."""
-        if not only_samples:
-            metrics.scalars(step, self.metrics(forward))
+    def general_loss(self, forward: Forward) -> dict[str, float]:
+        """Loss and perplexity of the general text; empty without one."""
+        return held_out_loss(forward, self.general, self.comms, name="general") if self.general is not None else {}
+
+    def measure(self, step: int, forward: Forward, metrics: Metrics, *, is_scored: bool = False) -> None:
+        """Measure and write what is compared before and after; `is_scored`: the validation set was, at this very step."""
+        measured = Measured() if is_scored else self.metrics(forward)
+        Measured(measured.values | self.general_loss(forward), measured.confusion).write(step, metrics)
+        if self._answered_step != step:
+            self.answer(step, forward, metrics)
+
+    def answer(self, step: int, forward: Forward, metrics: Metrics) -> None:
+        """Answer the prompts, and write the answers."""
         if answers := self.samples(forward):
             metrics.samples(step, answers)
+        self._answered_step = step
 
     def samples(self, forward: Forward) -> list[Mapping[str, str]]:
         """The model's answers to the prompts, with the expected ones."""
-        if self.sampling is None:
-            return []
-        sampling, answers = self.sampling, []
-        for prompt in sampling.prompts:
-            ids = answer(
-                forward,
-                prompt.ids,
-                self.comms,
-                end_ids=sampling.end_ids,
-                max_new_tokens=sampling.max_new_tokens,
-                context=sampling.context,
-            )
-            answers.append({"prompt": prompt.text, "answer": sampling.decode(ids), "expected": prompt.expected})
-        return answers
+        return self.sampling.answers(forward, self.comms) if self.sampling is not None else []
+
+
+def forgetting(before: float | None, after: float, most: float) -> list[str]:
+    """What fine-tuning did to general text, by its perplexities, for a person; with a warning above the share `most`.
+
+    >>> forgetting(31.2, 33.0, 0.1)
+    ['general text: perplexity 31.2 before, 33.0 after (+5.8 %)']
+    """
+    if before is None:
+        return [f"general text: perplexity {after:.1f} after; it was not measured before"]
+    rise = after / before - 1
+    told = [f"general text: perplexity {before:.1f} before, {after:.1f} after ({rise:+.1%})".replace("%", " %")]
+    if rise > most:
+        told.append(
+            f"warning: the perplexity of general text rose by more than evaluate.max_forgetting {most:g}: the model forgets. Lower "
+            "train.learning_rate, train for fewer epochs, or mix general text in"
+        )
+    return told
+
+
+def held_out(names: Sequence[str], folders: Sequence[Path], split: str) -> dict[str, Shards]:
+    """The shards of a split of each of these prepared folders that has it, by the folder's name."""
+    found = {name: open_shards(folder, split) for name, folder in zip(names, folders, strict=True)}
+    return {name: shards for name, shards in found.items() if shards is not None}
 
 
 def open_shards(folder: Path, name: str) -> Shards | None:

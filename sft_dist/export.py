@@ -90,7 +90,8 @@ def export(run_dir: Path, out: Path, dtype: torch.dtype | None = None) -> int:
         do_sample=False,
     )
     trained.model.save_pretrained(staged)
-    about = {"run_dir": str(run_dir), "step": trained.step, "shards": trained.config.shards_dirs}
+    config = trained.config
+    about = {"run_dir": str(run_dir), "step": trained.step, "shards": config.shards_dirs, "sets": config.set_names}
     (staged / ABOUT).write_text(json.dumps(about, indent=2))
     _compare(staged, trained, tokenizer)
     publish(staged, out)

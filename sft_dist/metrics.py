@@ -35,16 +35,25 @@ TAGS = {
     "validation_perplexity": "validation/perplexity",
     "validation_accuracy": "validation/accuracy",
     "validation_f1": "validation/f1",
+    "validation_exact_match": "validation/exact_match",
+    "general_loss": "general/loss",
+    "general_perplexity": "general/perplexity",
 }
+_BY_SET = {"loss": "train/loss", "epochs": "train/epochs"}
+_BY_SOURCE = {name: TAGS[name] for name in ("validation_loss", "validation_perplexity")}
 
 
 def tag(name: str) -> str | None:
-    """TensorBoard tag of a metric; of a mixture there is a loss and a number of epochs for each set. None: no such metric.
+    """TensorBoard tag of a metric; some there are of each set of a mixture or each file. None: no such metric.
 
-    >>> tag("loss"), tag("loss/chat"), tag("epochs/chat")
-    ('train/loss', 'train/loss/chat', 'train/epochs/chat')
+    >>> tag("loss"), tag("loss/chat"), tag("epochs/chat"), tag("validation_loss/chat")
+    ('train/loss', 'train/loss/chat', 'train/epochs/chat', 'validation/loss/chat')
     """
-    return f"train/{name}" if name.startswith(("loss/", "epochs/")) else TAGS.get(name)
+    whole, slash, part = name.partition("/")
+    if not slash:
+        return TAGS.get(name)
+    found = (_BY_SET | _BY_SOURCE).get(whole)
+    return found and f"{found}/{part}"
 
 
 def peak_memory_bytes(cuda_peak: int | None = None) -> int:
@@ -62,6 +71,9 @@ class Sink(Protocol):
 
     def samples(self, step: int, answers: Iterable[Mapping[str, str]]) -> None:
         """Prompts with the model's answers and the expected ones."""
+
+    def confusion(self, step: int, confusion: Mapping[str, Any]) -> None:
+        """Of a label task, how many records of each label were taken for which: `labels`, and `counts[truth][prediction]`."""
 
     def close(self) -> None:
         """Flush and release."""
@@ -87,6 +99,9 @@ class JsonLines:
 
     def samples(self, step: int, answers: Iterable[Mapping[str, str]]) -> None:
         self._write({"step": step, "samples": [dict(answer) for answer in answers]})
+
+    def confusion(self, step: int, confusion: Mapping[str, Any]) -> None:
+        self._write({"step": step, "confusion": dict(confusion)})
 
     def close(self) -> None:
         self._flush()
@@ -148,9 +163,16 @@ class TensorBoard:
 
     def samples(self, step: int, answers: Iterable[Mapping[str, str]]) -> None:
         for number, answer in enumerate(answers):
-            text = f"**prompt**\n\n```\n{answer['prompt']}\n```\n\n**answer**\n\n```\n{answer['answer']}\n```\n\n"
-            text += f"**expected**\n\n```\n{answer['expected']}\n```"
+            text = "\n\n".join(
+                f"**{part}**\n\n```\n{answer[part]}\n```"
+                for part in ("prompt", "answer", "expected")
+                if answer[part] or part != "expected"  # of a prompt of one's own no answer is expected
+            )
             self._act(lambda writer, number=number, text=text: writer.add_text(f"samples/{number}", text, step))
+
+    def confusion(self, step: int, confusion: Mapping[str, Any]) -> None:
+        text = _markdown(_rows(confusion))
+        self._act(lambda writer: writer.add_text("validation/confusion", text, step))
 
     def close(self) -> None:
         self._act(lambda writer: writer.close())
@@ -190,10 +212,11 @@ class Console:
         for answer in answers:
             prompt = " ".join(answer["prompt"].split())
             short = prompt if len(prompt) <= 70 else f"…{prompt[-69:]}"
-            self._say(
-                f"  sample at step {step}: {short!r} → {answer['answer'].strip()!r}"
-                f" (expected {answer['expected'].strip()[:60]!r})"
-            )
+            expected = f" (expected {answer['expected'].strip()[:60]!r})" if answer["expected"] else ""
+            self._say(f"  sample at step {step}: {short!r} → {answer['answer'].strip()!r}{expected}")
+
+    def confusion(self, step: int, confusion: Mapping[str, Any]) -> None:
+        """Nothing: it is told at the end."""
 
     def say(self, text: str) -> None:
         """One line to the person."""
@@ -236,6 +259,8 @@ _SHOWN = {
     "validation_perplexity": "perplexity {:.2f}",
     "validation_accuracy": "accuracy {:.4f}",
     "validation_f1": "F1 {:.4f}",
+    "validation_exact_match": "exact match {:.4f}",
+    "general_perplexity": "general perplexity {:.2f}",
     "checkpoint_bytes": "saved {:,.0f} bytes",
     "checkpoint_write_seconds": "in {:.2f} s",
     "checkpoint_stall_seconds": "the loop waited {:.2f} s",
@@ -243,7 +268,11 @@ _SHOWN = {
 
 
 def _numbers(values: Mapping[str, float]) -> str:
-    return "  ".join(text.format(values[name]) for name, text in _SHOWN.items() if name in values)
+    shown = [text.format(values[name]) for name, text in _SHOWN.items() if name in values]
+    of_sources = [
+        f"{name.partition('/')[2]} {value:.4f}" for name, value in values.items() if name.startswith("validation_loss/")
+    ]
+    return "  ".join([*shown, *([f"by source: {', '.join(of_sources)}"] if of_sources else [])])
 
 
 def _brief(values: Mapping[str, float]) -> str:
@@ -281,10 +310,54 @@ class Metrics:
         for sink in self.sinks:
             sink.samples(step, answers)
 
+    def confusion(self, step: int, confusion: Mapping[str, Any]) -> None:
+        """A confusion matrix, to every sink."""
+        for sink in self.sinks:
+            sink.confusion(step, confusion)
+
     def close(self) -> None:
         """Flush every sink."""
         for sink in self.sinks:
             sink.close()
+
+
+_MOST_LABELS = 16
+
+
+def confusion_table(confusion: Mapping[str, Any]) -> str:
+    """A confusion matrix for a terminal; of very many labels only where to find it.
+
+    >>> print(confusion_table({"labels": ["ham", "spam"], "counts": [[812, 3], [5, 120]]}))
+    truth ↓ taken for →  ham  spam
+    ham                  812     3
+    spam                   5   120
+    """
+    if len(confusion["labels"]) > _MOST_LABELS:
+        return f"confusion matrix: of {len(confusion['labels'])} labels, in metrics.jsonl and TensorBoard"
+    rows = _rows(confusion)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([f"{first:<{widths[0]}}", *cells]))
+    return "\n".join(lines)
+
+
+def _rows(confusion: Mapping[str, Any]) -> list[list[str]]:
+    """The cells of a confusion matrix, with its head."""
+    labels = confusion["labels"]
+    counts = [[label, *map(str, row)] for label, row in zip(labels, confusion["counts"], strict=True)]
+    return [["truth ↓ taken for →", *labels], *counts]
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    """A table.
+
+    >>> _markdown([["a", "b|c"], ["1", "2"]])
+    '| a | b\\\\|c |\\n|---|---|\\n| 1 | 2 |'
+    """
+    head, *others = (f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+    return "\n".join([head, f"|{'---|' * len(rows[0])}", *others])
 
 
 def loss_curve(records: Iterable[Mapping[str, Any]], *, width: int = 72, height: int = 14) -> str:

@@ -133,6 +133,9 @@ class PrepareConfig(Section):
     sources: list[SourceConfig] = Field(min_length=1)
     validation_sources: list[SourceConfig] = []
     """Files that are validation as a whole; with them `validation_fraction` is usually 0."""
+    general: list[SourceConfig] = []
+    """Plain text that the model should not forget: its perplexity is measured before and after. Nothing of it is trained on:
+    training examples that overlap with it are dropped as `curate.decontaminate` does."""
     curate: CurateConfig = CurateConfig()
     template: str = "plain"
     """`plain`, `alpaca`, `chat`, `chatml`, `llama2`, `llama3`; `tokenizer` (its own chat template); a `.jinja` file; or a text
@@ -155,6 +158,16 @@ class PrepareConfig(Section):
     seed: int = Field(default=0, ge=0)
     out: str
     """Folder of the shards."""
+
+    @model_validator(mode="after")
+    def _plain_general_text(self) -> PrepareConfig:
+        for source in self.general:
+            if source.schema_ not in (None, "text"):
+                raise ValueError(
+                    f"general: {source.path} has schema {source.schema_}, and general text is plain text; leave the schema out, and "
+                    "name the column with text"
+                )
+        return self
 
 
 class ModelConfig(Section):
@@ -273,8 +286,14 @@ class EvaluateConfig(Section):
     """Validation loss every so many steps; null: only at step 0 and at the end."""
     samples: int = Field(default=4, ge=0)
     """Validation prompts answered before and after."""
+    prompts: list[Annotated[str, Field(min_length=1)]] = []
+    """Prompts of one's own, answered beside them."""
+    samples_every_steps: int | None = Field(default=None, ge=1)
+    """All prompts every so many steps too; null: only before and after."""
     max_new_tokens: int = Field(default=48, ge=1)
     """Length limit of a sample answer."""
+    max_forgetting: Float = Field(default=0.1, gt=0)
+    """The run warns at its end when the perplexity of `prepare.general` has risen by more than this share."""
     early_stopping: EarlyStoppingConfig | None = None
     """End when a metric no longer improves; its best checkpoint is kept, and is what `export` takes."""
 
@@ -282,6 +301,8 @@ class EvaluateConfig(Section):
     def _judged_when(self) -> EvaluateConfig:
         if self.early_stopping is not None and self.every_steps is None:
             raise ValueError("early_stopping judges evaluations, and there are none; add for example every_steps: 100")
+        if self.samples_every_steps is not None and not (self.samples or self.prompts):
+            raise ValueError("samples_every_steps answers prompts, and there are none; add prompts, or samples: 4")
         return self
 
 
@@ -422,3 +443,8 @@ class RunConfig(Section):
     def shards_dirs(self) -> list[str]:
         """The folders that the run's rows come from; tokenizer and sample prompts are the first one's."""
         return [entry.shards for entry in self.mixture] if self.prepare is None else [self.prepare.out]
+
+    @property
+    def set_names(self) -> list[str]:
+        """What each of these folders is called; a single one has no need of a name."""
+        return [entry.label for entry in self.mixture] if self.prepare is None else [""]

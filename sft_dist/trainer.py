@@ -31,9 +31,6 @@ class _AbandonedError(Exception):
     """An evaluation that all ranks agreed to leave, because one was asked to stop."""
 
 
-_NEVER_OVER = BadSteps(roll_back_after=None)
-
-
 @dataclass(frozen=True, slots=True)
 class Cadence:
     """Every how many steps something happens; None: only at the start and the end, at `last_step`."""
@@ -42,6 +39,7 @@ class Cadence:
     log_steps: int = 1
     evaluate_steps: int | None = None
     checkpoint_steps: int | None = None
+    samples_steps: int | None = None
 
 
 def train(
@@ -62,7 +60,7 @@ def train(
     is_measured: bool = True,
     early_stopping: EarlyStopping | None = None,
     budget: Budget | None = None,
-    bad_steps: BadSteps = _NEVER_OVER,
+    bad_steps: BadSteps | None = None,
     on_bad_step: Callable[[BadStep], None] = lambda bad: None,
 ) -> tuple[Reason, TrainState]:
     """Feed `steps` to the engine from `state` on, until they end or any rank is asked to stop.
@@ -72,7 +70,7 @@ def train(
     `bad_steps`: what is done about steps whose loss or gradient is no number; the main rank hears of each by `on_bad_step`.
     Returns why it ended and the state that is saved by then; that of "diverged" is not: its weights are to blame.
     """
-    start_step, budget = state.step, budget or Budget()
+    start_step, budget, bad_steps = state.step, budget or Budget(), bad_steps or BadSteps(roll_back_after=None)
     reason: Reason = "completed"
 
     def beat(phase: str) -> None:
@@ -176,9 +174,11 @@ def train(
         is_last = state.step >= cadence.last_step and early_stopping is None  # else it is measured as it is saved
         if _is_due(state.step, cadence.evaluate_steps) and not is_last:
             with contextlib.suppress(_AbandonedError), budget.measuring():  # the next step's vote will stop the run
-                measured = evaluator.interim(logits_unless_stopped)
-                metrics.scalars(state.step, measured)
+                measured = evaluator.interim(state.step, logits_unless_stopped, metrics)
                 state = account.judged(state, measured, early_stopping)
+        if _is_due(state.step, cadence.samples_steps) and state.step < cadence.last_step:
+            with contextlib.suppress(_AbandonedError), budget.measuring():
+                evaluator.answer(state.step, logits_unless_stopped, metrics)
         report(checkpoints.finished())
         is_best = state.best is not None and state.best.step == state.step
         if (_is_due(state.step, cadence.checkpoint_steps) or retries or is_best) and state.streak is None:
@@ -192,7 +192,7 @@ def train(
     if reason in ("completed", "plateaued", "spent") and (state.step > start_step or not is_measured):
         try:
             was_evaluated = early_stopping is not None and state.score_here is not None  # with all scores
-            evaluator.measure(state.step, logits_unless_stopped, metrics, only_samples=was_evaluated)
+            evaluator.measure(state.step, logits_unless_stopped, metrics, is_scored=was_evaluated)
         except _AbandonedError:
             reason = "stopped"
     beat("save")

@@ -1,7 +1,7 @@
 """A preparation from its run file to a folder of shards: planned, cut into slices, done by any number of workers, merged.
 
-The folder appears whole: it is staged beside its place and renamed. It holds `train/`, `validation/`, `labels/` (every
-validation prompt followed by every label, for classification), `tokenizer/`, `validation.jsonl`, `rejects.jsonl`, and
+The folder appears whole: it is staged beside its place and renamed. It holds `train/`, `validation/`, `general/` (text that is
+only measured), `labels/` (every validation prompt followed by every label, for classification), `tokenizer/`, `validation.jsonl`, `rejects.jsonl`, and
 `prepare.json`, the funnel and the settings. What is finished of a killed preparation is used by the next one.
 """
 
@@ -201,7 +201,7 @@ def _planned(
     if not isinstance(config.tokenizer, TrainedTokenizer):
         given = Tokenizer.load(config.tokenizer or default_tokenizer)
     before = _plan(staged)
-    read_files = [source for source, _ in sources] + config.curate.decontaminate
+    read_files = [source for source, _ in sources] + config.curate.decontaminate + config.general
     about = {
         "version": __version__,
         "settings": _settings(config, given),
@@ -288,7 +288,7 @@ def _keeps_texts(config: PrepareConfig) -> bool:
     curate = config.curate
     has_validation = bool(config.validation_fraction or config.validation_sources)
     near_validation = curate.near_validation is not None and has_validation
-    overlap = curate.decontaminate or (curate.decontaminate_validation and has_validation)
+    overlap = curate.decontaminate or config.general or (curate.decontaminate_validation and has_validation)
     return bool(near_validation or curate.near_duplicates or overlap or curate.select)
 
 
@@ -447,7 +447,7 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
 def _already(out: Path, config: PrepareConfig, default_tokenizer: str | None) -> Report:
     try:
         about = json.loads((out / "prepare.json").read_text())
-        before, tokenizer = about["settings"]["prepare"], about["settings"]["tokenizer"]
+        before, tokenizer = {"general": [], **about["settings"]["prepare"]}, about["settings"]["tokenizer"]
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(
             f"{out}: exists and is not a finished preparation; move it away, or choose another prepare.out"
@@ -464,7 +464,7 @@ def _already(out: Path, config: PrepareConfig, default_tokenizer: str | None) ->
         "template"
     ]:
         changed.append(f"what the template makes of a conversation ({was} → {now_as})")
-    named = [*config.sources, *config.validation_sources, *config.curate.decontaminate]
+    named = [*config.sources, *config.validation_sources, *config.curate.decontaminate, *config.general]
     sources = {path: state["blake2b"] for path, state in _all_states(named, {}).items()}
     files_of = about["sources"].keys() | sources.keys()
     changed += [f"the bytes of {path}" for path in sorted(files_of) if about["sources"].get(path) != sources.get(path)]

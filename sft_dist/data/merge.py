@@ -28,7 +28,7 @@ from sft_dist.data.select import quality, select
 from sft_dist.data.sources import slices as cut
 from sft_dist.data.work import Job, documents_of
 from sft_dist.errors import DataError
-from sft_dist.schema import CurateConfig, PrepareConfig
+from sft_dist.schema import PrepareConfig, SourceConfig
 
 Progress = Callable[[str, int, int, int], None]  # stage, done, total, tokens since the last call
 SPLITS = {"train": TRAIN, "validation": VALIDATION}
@@ -154,7 +154,7 @@ def _compare(job: Job, slices: Slices, fates: Fates, progress: Progress) -> None
         for number, line in slices.conversations(fates.codes == VALIDATION):
             held_out.add(number, words(_prompt(from_json(line))))
     earlier = NearIndex(curate.near_duplicates, usual) if curate.near_duplicates else None
-    overlap = _evaluation_texts(curate, slices, fates)
+    overlap = _evaluation_texts(job.config, slices, fates)
     chosen = fates.codes == TRAIN
     total, numbers, prompts, qualities = int(chosen.sum()), [], [], []
     for done, (number, line) in enumerate(slices.conversations(chosen), 1):
@@ -182,26 +182,39 @@ def _compare(job: Job, slices: Slices, fates: Fates, progress: Progress) -> None
         fates.drop(np.delete(np.array(numbers), taken), "not_selected")
 
 
-def _evaluation_texts(curate: CurateConfig, slices: Slices, fates: Fates) -> OverlapIndex | None:
+def _evaluation_texts(config: PrepareConfig, slices: Slices, fates: Fates) -> OverlapIndex | None:
     """What the training records must not contain. Raises DataError for an evaluation file that cannot be read as a whole."""
-    if not (curate.decontaminate or curate.decontaminate_validation):
+    curate = config.curate
+    if not (curate.decontaminate or curate.decontaminate_validation or config.general):
         return None
     index = OverlapIndex(curate.decontaminate_words)
     for source in curate.decontaminate:
         source = source if source.schema_ else source.model_copy(update={"schema_": detect(source)[0]})
-        items = [item for piece in cut(source, 1 << 62) for item in read(piece, source, None)]
-        bad = next((item for item in items if not isinstance(item, Conversation)), None)
-        if bad is not None or not items:
-            what = f"{bad.where} is no text ({getattr(bad, 'detail', 'token ids')})" if bad else "it holds no records"
-            raise DataError(
-                f"prepare.curate.decontaminate: {source.path}: {what}; nothing could be compared with it: mend it, or name its schema"
-            )
-        for item in items:
+        for item in _whole(source, "prepare.curate.decontaminate"):
             fates.add_contaminant(index, item)
+    for item in _general_texts(config):
+        fates.add_contaminant(index, item)
     if curate.decontaminate_validation:
         for _, line in slices.conversations(fates.codes == VALIDATION):
             fates.add_contaminant(index, from_json(line))
     return index
+
+
+def _whole(source: SourceConfig, key: str) -> list[Conversation]:
+    """Every record of an evaluation file."""
+    items = [item for piece in cut(source, 1 << 62) for item in read(piece, source, None)]
+    bad = next((item for item in items if not isinstance(item, Conversation)), None)
+    if bad is not None or not items:
+        what = f"{bad.where} is no text ({getattr(bad, 'detail', 'token ids')})" if bad else "it holds no records"
+        raise DataError(f"{key}: {source.path}: {what}; nothing could be compared with it: mend it, or name its schema")
+    return items
+
+
+def _general_texts(config: PrepareConfig) -> Iterator[Conversation]:
+    """The general text, document by document, without empty ones; it is measured as it stands, so nothing of it is mended."""
+    for source in config.general:
+        records = _whole(source.model_copy(update={"schema_": "text"}), "prepare.general")
+        yield from (record for record in records if record.turns[0].content.strip())
 
 
 def _usual(slices: Slices, fates: Fates, most: int = 5000) -> frozenset[str]:
@@ -252,14 +265,20 @@ def merge(job: Job, out: Path, scratch: Path, executor: Executor | None, progres
     for name, code in SPLITS.items():
         manifest = _write_split(job, slices, fates.codes == code, out / name, scratch, shared, executor, progress)
         if manifest:
-            names = ("rows", "seq_len", "documents", "tokens", "targets", "fill")
-            splits[name] = {key: getattr(manifest, key) for key in names}
+            splits[name] = _about(manifest)
+    if job.config.general:
+        splits["general"] = _about(_write_general(out / "general", job, shared))
     with (out / "validation.jsonl").open("wb") as file:
         file.writelines(line for _, line in slices.conversations(fates.codes == VALIDATION))
     unscored = _write_labels(out, _label_counts(slices, fates), job, shared)
     if unscored:
         funnel.long["unscored_labels"] = unscored
     return {"funnel": asdict(funnel), "splits": splits}
+
+
+def _about(manifest: shards.Manifest) -> dict[str, Any]:
+    """What is told of a split."""
+    return {key: getattr(manifest, key) for key in ("rows", "seq_len", "documents", "tokens", "targets", "fill")}
 
 
 def token_dtype_of(job: Job) -> np.dtype:
@@ -428,6 +447,27 @@ def _label_counts(slices: Slices, fates: Fates) -> dict[str, Counter[str]]:
     return counts
 
 
+def _packed(documents: list[Document], config: PrepareConfig) -> tuple[list[list[Document]], list[int]]:
+    """Whole documents as rows, and the place that each document of the rows had before."""
+    lengths = np.array([len(document.ids) for document in documents])
+    packings = pack(lengths, config.seq_len, seed=config.seed)
+    places = [row.tolist() for packing in packings for row in np.split(packing.documents, packing.ends[:-1])]
+    return [[documents[place] for place in row] for row in places], list(itertools.chain(*places))
+
+
+def _write_general(folder: Path, job: Job, shared: dict[str, Any]) -> shards.Manifest:
+    """The general text as rows of a split of its own, whatever becomes of long documents and of rows in training."""
+    config = job.config.model_copy(update={"long_documents": "split", "packing": "best_fit"})
+    documents: list[Document] = []
+    for record in _general_texts(config):
+        made = documents_of(record, job.template, job.tokenizer, config, Counter())
+        documents += [] if isinstance(made, Drop) else made  # without a token to be predicted
+    if not documents:
+        raise DataError("prepare.general: there is no text in it; name files with text, or leave it out")
+    rows, _ = _packed(documents, config)
+    return shards.write(folder, rows, **shared)
+
+
 def _write_labels(out: Path, counts: dict[str, Counter[str]], job: Job, shared: dict[str, Any]) -> int:
     """Every validation prompt with every label as its answer: what accuracy is measured on.
 
@@ -455,12 +495,7 @@ def _write_labels(out: Path, counts: dict[str, Counter[str]], job: Job, shared: 
         documents += [document for [document] in made]
     if not documents:
         return len(records)
-    lengths = np.array([len(document.ids) for document in documents])
-    rows, order = [], []
-    for packing in pack(lengths, shared["seq_len"], seed=job.config.seed):
-        for row in np.split(packing.documents, packing.ends[:-1]):
-            rows.append([documents[index] for index in row])
-            order += row.tolist()
+    rows, order = _packed(documents, job.config)
     shards.write(out / "labels", rows, **shared)
     about = {
         "labels": labels,

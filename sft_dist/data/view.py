@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _STYLES = {"target": "bold green", "context": "default", "padding": "dim", "boundary": "bold magenta"}
-_SPLITS = ("train", "validation", "labels")
+_SPLITS = ("train", "validation", "general", "labels")
 _SHARES = ("fill", "target share")
 _BLOCK_TOKENS = 1 << 20
 _NUM_EXAMPLES = 3
@@ -520,7 +520,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
         name = f"{prefix}{key}"
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{name}.")
-        elif name not in ("template", "sources", "validation_sources"):
+        elif name not in ("template", "sources", "validation_sources", "general"):
             yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

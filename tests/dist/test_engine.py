@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sft_dist.attention import packed_logits
 from sft_dist.loss import target_log_probs
+from sft_dist.memory import Live
 from tests.dist import gradients, tiny
 from tests.workers import run_workers
 

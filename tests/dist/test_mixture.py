@@ -122,7 +122,9 @@ def test_a_run_on_two_sets_tells_the_loss_and_the_epochs_of_each(tmp_path):
     assert last["epochs/chat"] * 11 + last["epochs/code"] * 30 == pytest.approx(48)
     assert last["epochs/chat"] > 2 * last["epochs/code"]
     (measured,) = [line for line in curve(tmp_path / "run") if line["step"] == 6 and "validation_loss" in line]
-    assert measured["validation_loss"] > 0
+    low, high = sorted((measured["validation_loss/chat"], measured["validation_loss/code"]))
+    assert low < measured["validation_loss"] < high
+    assert measured["validation_perplexity/chat"] == pytest.approx(np.exp(measured["validation_loss/chat"]))
 
     # stopped after three steps, and gone on with at another world size: the same losses
     other = [f"run_dir={tmp_path / 'other'}", "train.schedule=constant"]

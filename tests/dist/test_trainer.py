@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sft_dist.checkpoint import Checkpoints
-from sft_dist.evaluate import Evaluator
+from sft_dist.evaluate import Evaluator, Measured
 from sft_dist.limits import StopRequest
 from sft_dist.metrics import Metrics
 from sft_dist.retention import Retention
@@ -193,7 +193,7 @@ class AtTheEnd(Evaluator):
             self.count += 1
             if self.stop is not None and self.count > 3:  # the first three are those before the first step
                 self.stop.cause = "SIGTERM"
-        return {"validation_loss": 1.0}
+        return Measured({"validation_loss": 1.0})
 
     def samples(self, forward):
         return []
@@ -226,6 +226,47 @@ def _left_while_measured(topology, folder):
 def test_asked_to_stop_while_the_end_is_measured_it_stops_and_measures_in_its_next_life(tmp_path):
     for told in run_workers(_left_while_measured, 2, tmp_path):
         assert told == [("stopped", 2, [0]), ("completed", 2, [2])]
+
+
+class OnTheWay(Evaluator):
+    """Answers with three forward passes; in the middle of the second answering one rank is asked to stop."""
+
+    def __init__(self, comms, stop):
+        super().__init__(comms, None, None)
+        self.stop, self.told, self.count = stop, [], 0
+
+    def answer(self, step, forward, metrics):
+        batch = tiny.rows(0)
+        for _ in range(3):
+            forward(batch.tokens, batch.positions)
+            self.count += 1
+            if self.stop is not None and self.count == 3 + 3 + 1:  # the first three are those before the first step
+                self.stop.cause = "SIGTERM"
+        self.told.append(step)
+
+
+def _left_while_answering(topology, folder):
+    made, comms = tiny.engine(topology, 3, micro_batch_rows=1)
+    stop = StopRequest()
+    checkpoints = Checkpoints(folder, identity={}, attachments={}, retention=Retention(3), stage=3, comms=comms)
+    evaluator = OnTheWay(comms, stop if topology.rank == 1 else None)
+    reason, state = train(
+        steps=steps(topology, 9),
+        engine=made,
+        comms=comms,
+        state=TrainState(),
+        learning_rate=lambda step: 1e-3,
+        evaluator=evaluator,
+        checkpoints=checkpoints,
+        metrics=Metrics((Kept(),)),
+        stop=stop,
+        cadence=Cadence(last_step=9, samples_steps=2),
+    )
+    return reason, state.step, evaluator.told, evaluator.count
+
+
+def test_prompts_are_answered_on_the_way_and_left_when_one_rank_is_asked_to_stop(tmp_path):
+    assert run_workers(_left_while_answering, 2, tmp_path) == [("stopped", 4, [0, 2], 7)] * 2
 
 
 NAN, INF = float("nan"), float("inf")

@@ -55,7 +55,9 @@ def test_a_run_and_its_export_measure_the_same(finished):
         for name in ("run", "export")
     )
     assert of_run == of_export
-    assert of_run["validation_loss"] == pytest.approx(runs.measured(finished / "run", 2)["validation_loss"], rel=1e-5)
+    assert of_run.values["validation_loss"] == pytest.approx(
+        runs.measured(finished / "run", 2)["validation_loss"], rel=1e-5
+    )
 
 
 def test_a_llama_in_bf16_is_exported_as_it_was_trained(tmp_path):
@@ -69,7 +71,9 @@ def test_a_llama_in_bf16_is_exported_as_it_was_trained(tmp_path):
     run_workers(runs.run, 2, path, (llama, "train.max_steps=3", "train.precision=bf16", "zero=ds_configs/zero3.json"))
     run_workers(call, 1, "export_run", tmp_path / "run", tmp_path / "export", None)
     measured = run_workers(call, 1, "measure_model", str(tmp_path / "export"), None, micro_batch_rows=4)[0]
-    assert measured["validation_loss"] == pytest.approx(runs.measured(tmp_path / "run", 3)["validation_loss"], rel=1e-4)
+    assert measured.values["validation_loss"] == pytest.approx(
+        runs.measured(tmp_path / "run", 3)["validation_loss"], rel=1e-4
+    )
 
 
 def test_an_answer_is_one_of_few_words(finished):
@@ -165,3 +169,100 @@ def test_an_export_that_reads_back_otherwise_is_not_published(finished, tmp_path
     ):
         run_workers(differing, 1, finished / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+class StandIn:
+    """What is used of lm-eval: it remembers what it was given, and measures one thing of the model itself."""
+
+    def __init__(self, fails=False):
+        self.fails, self.given = fails, {}
+
+    def install(self):
+        import sys
+        from types import ModuleType
+
+        names = ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface", "lm_eval.tasks")
+        modules = {name: ModuleType(name) for name in names}
+        modules["lm_eval"].simple_evaluate = self.simple_evaluate
+        modules["lm_eval.models.huggingface"].HFLM = self.wrap
+        modules["lm_eval.tasks"].TaskManager = lambda: self
+        sys.modules.update(modules)
+
+    all_tasks = ("arc_easy", "hellaswag")
+
+    def wrap(self, **given):
+        self.given = given
+        return self
+
+    def simple_evaluate(self, *, model, tasks, task_manager, log_samples):
+        assert (model, task_manager, log_samples) == (self, self, False)
+        if self.fails:
+            raise ConnectionError("no way to the hub\nat all")
+        weights = self.given["pretrained"].state_dict()["transformer.wte.weight"]
+        ids = self.given["tokenizer"].encode("win a prize", add_special_tokens=False)
+        about = {
+            "alias": "x",
+            "weight,none": float(weights.double().sum()),
+            "weight_stderr,none": "N/A",
+            "ids,strict": len(ids),
+        }
+        return {"results": dict.fromkeys(tasks, about)}
+
+
+def with_stand_in(topology, name, *arguments, fails=False, **more):
+    """A function of launch.after where lm-eval is the stand-in; what it returns and prints."""
+    import contextlib
+    import io
+
+    StandIn(fails).install()
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        return call(topology, name, *arguments, **more), said.getvalue()
+
+
+def without_lm_eval(topology, *arguments, **more):
+    import sys
+
+    sys.modules["lm_eval"] = None
+    call(topology, "measure_tasks", *arguments, **more)
+
+
+def test_public_benchmarks_are_run_on_a_run_as_on_its_export(finished, tmp_path):
+    task = tmp_path / "own.yaml"
+    task.write_text("task: own\n")
+    models = tuple(str(finished / name) for name in ("run", "export"))
+    tasks = ["hellaswag", str(task)]
+    [[_, said]] = run_workers(with_stand_in, 1, "run_tasks", models, tasks, micro_batch_rows=4, as_json=True)
+    of_run, of_export = (json.loads(line) for line in said.splitlines())
+    assert (of_run["model"], of_export["model"]) == models
+    assert of_run["tasks"] == of_export["tasks"]
+    assert list(of_run["tasks"]) == tasks
+    assert set(of_run["tasks"]["hellaswag"]) == {"weight", "ids,strict"}
+    [[_, text]] = run_workers(
+        with_stand_in, 1, "run_tasks", models[1:], ["hellaswag"], micro_batch_rows=4, as_json=False
+    )
+    weight = of_run["tasks"]["hellaswag"]["weight"]
+    assert text.splitlines()[:2] == [f"{models[1]}:", f"  hellaswag  weight      {weight:.4f}"]
+    assert not [path for path in finished.iterdir() if path.name.startswith(".")], "nothing is left of the export"
+
+
+def test_what_lm_eval_cannot_do_is_said(finished):
+    arguments = {"micro_batch_rows": 1}
+    for function, tasks, more, message in (
+        (
+            without_lm_eval,
+            ["hellaswag"],
+            {},
+            r"--tasks: needs lm_eval, which is not installed; pip install 'sft-dist\[lm-eval\]'",
+        ),
+        (
+            with_stand_in,
+            ["hellasag"],
+            {},
+            "'hellasag' is neither a task that lm-eval knows nor a YAML file; did you mean hellaswag",
+        ),
+        (with_stand_in, ["?"], {}, "'\\?' is neither a task .* `lm-eval ls tasks` lists them"),
+        (with_stand_in, ["arc_easy"], {"fails": True}, "--tasks: no way to the hub; most tasks read their data from"),
+    ):
+        name = ("measure_tasks",) if function is with_stand_in else ()
+        with pytest.raises(RankError, match=message):
+            run_workers(function, 1, *name, str(finished / "export"), tasks, **arguments, **more)

@@ -121,7 +121,8 @@ UNKNOWN = [
     (
         "evaluate__zzz",
         1,
-        "evaluate.zzz: unknown key (value 1); keys here: early_stopping, every_steps, max_new_tokens, samples",
+        "evaluate.zzz: unknown key (value 1); keys here: early_stopping, every_steps, max_forgetting, "
+        "max_new_tokens, prompts, samples, samples_every_steps",
     ),
     (
         "prepare__tokenizer",
@@ -556,8 +557,36 @@ def test_early_stopping_without_evaluations_is_refused(tmp_path):
     assert "early_stopping judges evaluations, and there are none; add for example every_steps: 100" in said
 
 
+def test_general_text_of_another_schema_is_refused(tmp_path):
+    said = refusal(written(tmp_path), "prepare.general=[{path: a.jsonl, schema: messages}]")
+    assert said.endswith(
+        ": prepare: general: a.jsonl has schema messages, and general text is plain text; leave the schema out, and name the "
+        "column with text"
+    )
+
+
+def test_answering_no_prompts_every_so_many_steps_is_refused(tmp_path):
+    every = "evaluate={samples: 0, samples_every_steps: 5"
+    said = refusal(written(tmp_path), every + "}")
+    assert "samples_every_steps answers prompts, and there are none; add prompts, or samples: 4" in said
+    assert load(written(tmp_path), [every + ", prompts: [hello]}"]).evaluate.prompts == ["hello"]
+
+
+def shown(page):
+    """The YAML of a page of the docs, as sections of a run file."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
+    return {key: value for block in blocks for key, value in yaml.safe_load(block).items()}
+
+
 def test_what_the_page_on_run_control_shows_can_be_written(tmp_path):
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "control.md").read_text(), flags=re.DOTALL)
-    config = load(written(tmp_path, **{key: value for block in blocks for key, value in yaml.safe_load(block).items()}))
+    config = load(written(tmp_path, **shown("control.md")))
     assert config.budget.gpu_seconds == pytest.approx(800 / 2.10 * 3600)
     assert config.evaluate.early_stopping.warmup_steps == 200
+
+
+def test_what_the_page_on_measuring_shows_can_be_written(tmp_path):
+    values = shown("evaluation.md")
+    prepare = {f"prepare__{key}": value for key, value in values["prepare"].items()}
+    config = load(written(tmp_path, evaluate=values["evaluate"], **prepare))
+    assert [source.text for source in config.prepare.general] == ["text", "body"]
+    assert config.evaluate.samples_every_steps == 1000

@@ -1,9 +1,11 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from sft_dist.answers import Prompt, Sampling, answers, own_prompts, prompts
 from sft_dist.attention import packed_logits
 from sft_dist.data.build import prepare, read_conversations
 from sft_dist.data.loader import Loader
@@ -12,19 +14,9 @@ from sft_dist.data.shards import write
 from sft_dist.data.template import template_from
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.errors import DataError
-from sft_dist.evaluate import (
-    Evaluator,
-    LabelTask,
-    Prompt,
-    Sampling,
-    answer,
-    label_metrics,
-    label_scores,
-    open_shards,
-    prompts,
-    same_tokenizer,
-    validation_loss,
-)
+from sft_dist.evaluate import Evaluator, Measured, forgetting, held_out, held_out_loss, open_shards, same_tokenizer
+from sft_dist.labels import LabelTask, confusion, label_metrics, label_scores
+from sft_dist.metrics import Metrics
 from sft_dist.model import build, model_config
 from sft_dist.schema import ModelConfig, PrepareConfig, SentencePieceTraining, SourceConfig, TrainedTokenizer
 from sft_dist.topology import Topology
@@ -93,8 +85,8 @@ def alone_log_probs(model, tokenizer, record, label):
     return [log_probs[place - 1, ids[place]].item() for place in range(len(prompt), len(ids))]
 
 
-@pytest.fixture(scope="module")
-def held_out(data):
+@pytest.fixture(scope="module", name="held_out")
+def records_held_out(data):
     records = list(read_conversations(data / "validation.jsonl"))
     assert len(records) > 15
     return records
@@ -108,7 +100,7 @@ def test_validation_loss_is_the_mean_over_all_target_tokens(
     loader = Loader(
         open_shards(data, "validation"), Topology(), seed=0, micro_batch_rows=micro_batch_rows, shuffle=False
     )
-    values = validation_loss(forward, loader, comms)
+    values = held_out_loss(forward, loader, comms)
     assert values["validation_loss"] == pytest.approx(-sum(each) / len(each), rel=1e-5)
     assert values["validation_perplexity"] == pytest.approx(math.exp(-sum(each) / len(each)), rel=1e-4)
 
@@ -116,7 +108,7 @@ def test_validation_loss_is_the_mean_over_all_target_tokens(
 def test_the_order_of_rows_does_not_move_the_loss(data, forward, comms):
     shards = open_shards(data, "validation")
     losses = [
-        validation_loss(forward, Loader(shards, Topology(), seed=seed, micro_batch_rows=3), comms)["validation_loss"]
+        held_out_loss(forward, Loader(shards, Topology(), seed=seed, micro_batch_rows=3), comms)["validation_loss"]
         for seed in (0, 1)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -133,11 +125,11 @@ def test_the_ranks_of_a_world_share_the_rows_out(data, forward, comms):
             return tensor
 
     for rank in range(3):
-        validation_loss(
+        held_out_loss(
             forward, Loader(shards, Topology(rank, 3, rank), seed=0, micro_batch_rows=4, shuffle=False), Summing()
         )
     total, count = sum(sums).tolist()
-    whole = validation_loss(forward, Loader(shards, Topology(), seed=0, micro_batch_rows=4, shuffle=False), comms)
+    whole = held_out_loss(forward, Loader(shards, Topology(), seed=0, micro_batch_rows=4, shuffle=False), comms)
     assert count == shards.manifest.targets
     assert whole["validation_loss"] == pytest.approx(total / count, rel=1e-12)
 
@@ -146,7 +138,7 @@ def test_a_set_without_targets_has_no_loss(tmp_path, forward, comms):
     about = {"vocab_size": 50, "eos_id": 0, "pad_id": 0, "tokenizer": "t", "template": "p"}
     write(tmp_path / "validation", [[Document([3, 4], [False, False], "f:1")]], seq_len=4, rows_per_shard=1, **about)
     loader = Loader(open_shards(tmp_path, "validation"), Topology(), seed=0, micro_batch_rows=1)
-    assert validation_loss(forward, loader, comms) == {}
+    assert held_out_loss(forward, loader, comms) == {}
 
 
 def test_perplexity_of_a_hopeless_model_is_a_number(data, comms, tokenizer):
@@ -156,7 +148,7 @@ def test_perplexity_of_a_hopeless_model_is_a_number(data, comms, tokenizer):
         return logits
 
     loader = Loader(open_shards(data, "validation"), Topology(), seed=0, micro_batch_rows=4)
-    values = validation_loss(hopeless, loader, comms)
+    values = held_out_loss(hopeless, loader, comms)
     assert values["validation_loss"] == pytest.approx(1e5, rel=1e-3)
     assert math.isfinite(values["validation_perplexity"])
 
@@ -169,9 +161,9 @@ def test_label_scores_are_the_log_likelihood_of_each_answer(
     assert task.labels == ["blue", "green", "red"]
     scores = label_scores(forward, task, comms, micro_batch_rows=micro_batch_rows)
     wanted = [[sum(alone_log_probs(model, tokenizer, record, label)) for label in task.labels] for record in held_out]
-    assert scores == pytest.approx(np.array(wanted), rel=1e-5)
+    assert scores.log_likelihoods == pytest.approx(np.array(wanted), rel=1e-5)
     assert [task.labels[place] for place in task.truth] == [record.label for record in held_out]
-    assert len(set(scores.argmax(axis=1).tolist())) > 1 or scores.std() > 0
+    assert len(set(scores.predicted.tolist())) > 1
 
 
 def test_a_rank_without_rows_takes_part_in_scoring(data, forward):
@@ -190,7 +182,12 @@ def test_a_rank_without_rows_takes_part_in_scoring(data, forward):
 
     scores = label_scores(counted, task, LastOfMany(), micro_batch_rows=4)
     assert len(calls) == 1
-    assert not scores.any()
+    assert not scores.log_likelihoods.any()
+
+
+def test_a_matrix_counts_what_was_taken_for_what():
+    made = confusion(["a", "b", "c"], np.array([0, 0, 1, 2, 2]), np.array([0, 2, 1, 2, 0]))
+    assert made == {"labels": ["a", "b", "c"], "counts": [[1, 0, 1], [0, 1, 0], [1, 0, 1]]}
 
 
 def test_no_label_folder_is_no_task(tmp_path):
@@ -219,10 +216,15 @@ def test_label_metrics_by_hand(truth, predicted, num_labels, positive, accuracy,
 
 def counting(tokens, positions):
     """A model whose next token is always one more than the last; checks what it is fed."""
-    assert positions.tolist() == [list(range(tokens.shape[1]))]
-    logits = torch.zeros(1, tokens.shape[1], 50)
-    logits[0, torch.arange(tokens.shape[1]), tokens[0] + 1] = 1.0
+    assert positions.tolist() == [list(range(tokens.shape[1]))] * len(tokens)
+    logits = torch.zeros(*tokens.shape, 50)
+    logits.scatter_(2, (tokens + 1)[..., None], 1.0)
     return logits
+
+
+def answer(forward, ids, comms, **more):
+    (made,) = answers(forward, [ids], comms, **more)
+    return made
 
 
 def test_an_answer_stops_at_the_end_token(comms):
@@ -237,6 +239,20 @@ def test_an_answer_stops_at_its_limit(comms):
 @pytest.mark.parametrize(("context", "wanted"), [(5, [5, 6, 7]), (3, [5]), (2, []), (1, [])])
 def test_an_answer_stops_where_the_context_ends(comms, context, wanted):
     assert answer(counting, [3, 4], comms, end_ids=[49], max_new_tokens=40, context=context) == wanted
+
+
+def test_what_is_finished_leaves_the_batch(comms):
+    """Four prompts of different lengths: one ends at once, one by its end token, one has no room, one by its limit."""
+    sizes = []
+
+    def counted(tokens, positions):
+        sizes.append(tuple(tokens.shape))
+        return counting(tokens, positions)
+
+    asked = [[7], [1, 2, 3, 4], list(range(10, 18)), [30, 31]]
+    made = answers(counted, asked, comms, end_ids=[8], max_new_tokens=5, context=8)
+    assert made == [[], [5, 6, 7], [], [32, 33, 34, 35, 36]]
+    assert sizes == [(3, 4), (2, 5), (2, 6), (2, 7), (1, 6)]
 
 
 def test_an_answer_is_what_transformers_generates(model, tokenizer, forward, comms):
@@ -291,24 +307,95 @@ def test_rows_of_another_tokenizer_are_refused(data, tokenizer):
         same_tokenizer(shards, "0" * 32, "runs/m")
 
 
+@pytest.mark.parametrize("batch_tokens", [1, 200, 10_000])
+def test_prompts_are_answered_together_as_they_are_one_at_a_time(tokenizer, held_out, forward, comms, batch_tokens):
+    asked = prompts(held_out, template_from(QUESTION), tokenizer, 7)
+    asked = [replace(prompt, ids=prompt.ids[3 * number :]) for number, prompt in enumerate(asked)]
+    shapes = []
+
+    def counted(tokens, positions):
+        shapes.append(tuple(tokens.shape))
+        return forward(tokens, positions)
+
+    sampling = Sampling(asked, tokenizer.decode, tokenizer.end_ids, 96, max_new_tokens=9, batch_tokens=batch_tokens)
+    limits = {"end_ids": tokenizer.end_ids, "max_new_tokens": 9, "context": 96}
+    alone = [answer(forward, prompt.ids, comms, **limits) for prompt in asked]
+    assert len({tuple(ids) for ids in alone}) > 1
+    assert [one["answer"] for one in sampling.answers(counted, comms)] == [tokenizer.decode(ids) for ids in alone]
+    assert shapes[0][0] == {1: 1, 200: 200 // (max(len(prompt.ids) for prompt in asked) + 9), 10_000: 7}[batch_tokens]
+
+
+def test_prompts_of_ones_own_are_asked_as_the_model_learned_it(tokenizer):
+    (asked,) = own_prompts(["the sky"], template_from(QUESTION), tokenizer, is_text=False)
+    assert (asked.text, asked.expected) == ("the sky", "")
+    assert tokenizer.decode(asked.ids) == QUESTION.format(text="the sky")
+    (gone_on,) = own_prompts(["the sky"], template_from("plain"), tokenizer, is_text=True)
+    assert gone_on.ids == [*tokenizer.bos_ids, *tokenizer.encode("the sky")]
+
+
 def test_an_evaluator_measures_what_there_is(data, tokenizer, forward, held_out, comms):
     loader = Loader(open_shards(data, "validation"), Topology(), seed=0, micro_batch_rows=4, shuffle=False)
     task = LabelTask.open(data / "labels")
     asked = prompts(held_out, template_from(QUESTION), tokenizer, 2)
-    sampling = Sampling(asked, tokenizer.decode, tokenizer.end_ids, context=96, max_new_tokens=4)
+    sampling = Sampling(asked, tokenizer.decode, tokenizer.end_ids, context=96, max_new_tokens=4, batch_tokens=400)
 
     whole = Evaluator(comms, loader, task, sampling)
-    loss = validation_loss(forward, loader, comms)
-    predicted = label_scores(forward, task, comms, micro_batch_rows=4).argmax(axis=1)
-    metrics = label_metrics(task.truth, predicted, num_labels=3, positive=task.positive)
+    loss = held_out_loss(forward, loader, comms)
+    scores = label_scores(forward, task, comms, micro_batch_rows=4)
+    metrics = label_metrics(task.truth, scores.predicted, num_labels=3, positive=task.positive)
+    metrics["validation_exact_match"] = float(scores.is_exact.mean())
+    matrix = confusion(task.labels, task.truth, scores.predicted)
     assert whole.loss(forward) == loss
-    assert whole.metrics(forward) == {**loss, **metrics}
-    answers = whole.samples(forward)
-    assert [(a["prompt"], a["expected"]) for a in answers] == [(p.text, p.expected) for p in asked]
+    assert whole.metrics(forward) == Measured({**loss, **metrics}, matrix)
+    answered = whole.samples(forward)
+    assert [(a["prompt"], a["expected"]) for a in answered] == [(p.text, p.expected) for p in asked]
     ids = answer(forward, asked[1].ids, comms, end_ids=[tokenizer.eos_id], max_new_tokens=4, context=96)
-    assert answers[1]["answer"] == tokenizer.decode(ids)
+    assert answered[1]["answer"] == tokenizer.decode(ids)
 
-    assert Evaluator(comms, None, task).metrics(forward) == metrics
-    assert Evaluator(comms, loader, None).metrics(forward) == loss
+    assert Evaluator(comms, None, task).metrics(forward) == Measured(metrics, matrix)
+    assert Evaluator(comms, loader, None).metrics(forward) == Measured(loss)
     nothing = Evaluator(comms, None, None)
-    assert (nothing.loss(forward), nothing.metrics(forward), nothing.samples(forward)) == ({}, {}, [])
+    assert (nothing.loss(forward), nothing.metrics(forward), nothing.samples(forward)) == ({}, Measured(), [])
+
+
+def test_the_splits_of_a_mixture_are_those_of_its_sets_that_have_one(data, tmp_path):
+    found = held_out(["bare", "colours"], [tmp_path, data], "validation")
+    assert {name: shards.folder for name, shards in found.items()} == {"colours": data / "validation"}
+    assert held_out(["colours"], [data], "general") == {}
+
+
+def test_what_has_been_answered_at_a_step_is_not_answered_again_at_its_end(comms):
+    told = []
+
+    class Once(Evaluator):
+        def samples(self, forward):
+            told.append(forward)
+            return []
+
+    evaluator = Once(comms, None, None)
+    evaluator.answer(4, "on the way", Metrics())
+    evaluator.measure(4, "the end", Metrics())
+    evaluator.measure(5, "another end", Metrics())
+    assert told == ["on the way", "another end"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "most", "told"),
+    [
+        (31.2, 33.0, 0.1, ["general text: perplexity 31.2 before, 33.0 after (+5.8 %)"]),
+        (31.2, 30.0, 0.1, ["general text: perplexity 31.2 before, 30.0 after (-3.8 %)"]),
+        (None, 33.0, 0.1, ["general text: perplexity 33.0 after; it was not measured before"]),
+        (
+            10.0,
+            11.5,
+            0.1,
+            [
+                "general text: perplexity 10.0 before, 11.5 after (+15.0 %)",
+                "warning: the perplexity of general text rose by more than evaluate.max_forgetting 0.1: the model forgets. "
+                "Lower train.learning_rate, train for fewer epochs, or mix general text in",
+            ],
+        ),
+    ],
+)
+def test_forgetting_is_judged_by_how_much_the_perplexity_rose(before, after, most, told):
+    assert forgetting(before, after, most) == told

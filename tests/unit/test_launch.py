@@ -88,6 +88,9 @@ def test_an_unknown_command_or_option_is_code_2():
     assert sft_dist("trian").exit_code == 2
     assert sft_dist("train", "--nproc", "0", "run.yaml").exit_code == 2
     assert sft_dist("eval").exit_code == 2
+    both = sft_dist("eval", "run", "--tasks", "hellaswag", "--shards", "shards")
+    assert both.exit_code == 2
+    assert "--tasks have data of their own and --shards is that of the run" in both.stderr
 
 
 def test_print_config_shows_every_value_and_the_derived_numbers(run, tmp_path):
@@ -317,6 +320,21 @@ def test_early_stopping_needs_something_to_judge_by(run, tmp_path, shards):
         plan(run, early, f"prepare.out={bare}")
 
 
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_before_any_group_starts(run):
+    long = plan(run, f"evaluate.prompts=[hello, {'spam ' * 80}]")
+    with pytest.raises(ConfigError, match=r"evaluate\.prompts: 'spam spam .* has \d+ tokens, which leave no room"):
+        train.run_plan(long, None)
+
+
+def test_prompts_are_those_of_validation_and_then_ones_own(run):
+    from launch import parts
+
+    made = parts.sampling(plan(run, "evaluate.prompts=[hello, win a prize]", "evaluate.samples=2"))
+    assert [prompt.text for prompt in made.prompts[2:]] == ["hello", "win a prize"]
+    assert [bool(prompt.expected) for prompt in made.prompts] == [True, True, False, False]
+    assert made.batch_tokens == 64
+
+
 def test_a_deadline_that_is_over_is_refused_before_any_group_starts(run):
     with pytest.raises(ConfigError, match=r"budget\.deadline: 2001-01-01T.* is over; set a later one"):
         train.run_plan(plan(run, "budget.deadline=2001-01-01"), None)
@@ -483,8 +501,8 @@ def metrics_of(run_dir, *, has_labels=True):
     before = {"validation_loss": 5.0, "validation_perplexity": 148.4}
     after = {"validation_loss": 0.25, "validation_perplexity": 1.28}
     if has_labels:
-        before |= {"validation_accuracy": 0.125, "validation_f1": 0.0}
-        after |= {"validation_accuracy": 0.9875, "validation_f1": 0.9531}
+        before |= {"validation_accuracy": 0.125, "validation_f1": 0.0, "validation_exact_match": 0.0}
+        after |= {"validation_accuracy": 0.9875, "validation_f1": 0.9531, "validation_exact_match": 0.975}
     lines = [{"step": 0, **before}, *({"step": n, "loss": 5.0 / n} for n in range(1, 20)), {"step": 19, **after}]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -499,6 +517,7 @@ def test_the_summary_shows_before_and_after_and_what_to_try_next(run, tmp_path):
         ["held-out", "perplexity", "148.4000", "1.2800"],
         ["held-out", "accuracy", "0.1250", "0.9875"],
         ["held-out", "F1", "0.0000", "0.9531"],
+        ["held-out", "exact", "match", "0.0000", "0.9750"],
     ]
     folder = tmp_path / "run"
     assert f"TensorBoard:  tensorboard --logdir {folder / 'tensorboard'}" in lines

@@ -6,7 +6,17 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sft_dist.metrics import TAGS, Console, JsonLines, Metrics, TensorBoard, loss_curve, peak_memory_bytes, read_lines
+from sft_dist.metrics import (
+    TAGS,
+    Console,
+    JsonLines,
+    Metrics,
+    TensorBoard,
+    confusion_table,
+    loss_curve,
+    peak_memory_bytes,
+    read_lines,
+)
 
 ANSWERS = [
     {"prompt": "Is this\nspam?", "answer": " ham ", "expected": "ham"},
@@ -241,6 +251,64 @@ def test_on_a_terminal_the_console_is_a_progress_bar_on_the_stream_it_was_given(
 def test_peak_memory_is_of_the_gpu_where_there_is_one():
     assert peak_memory_bytes(123) == 123
     assert 1 << 20 < peak_memory_bytes() < 1 << 40
+
+
+MATRIX = {"labels": ["ham", "a|b"], "counts": [[812, 3], [5, 120]]}
+
+
+def test_a_confusion_matrix_is_a_record_of_its_own_and_a_table_in_tensorboard(tmp_path):
+    lines, board = JsonLines(tmp_path / "metrics.jsonl", 0), TensorBoard(tmp_path / "board", 0)
+    stream = io.StringIO()
+    metrics = Metrics((lines, board, Console(10, 0, stream)))
+    metrics.confusion(7, MATRIX)
+    metrics.close()
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 7, "confusion": MATRIX}]
+    (event,) = accumulated(tmp_path / "board").Tensors("validation/confusion/text_summary")
+    assert event.tensor_proto.string_val[0].decode().splitlines() == [
+        "| truth ↓ taken for → | ham | a\\|b |",
+        "|---|---|---|",
+        "| ham | 812 | 3 |",
+        "| a\\|b | 5 | 120 |",
+    ]
+    assert stream.getvalue() == ""
+
+
+def test_of_very_many_labels_there_is_no_table_for_a_terminal():
+    many = {"labels": [str(n) for n in range(17)], "counts": [[0] * 17] * 17}
+    assert confusion_table(many) == "confusion matrix: of 17 labels, in metrics.jsonl and TensorBoard"
+    assert len(confusion_table({"labels": list("abcd"), "counts": [[0] * 4] * 4}).splitlines()) == 5
+
+
+def test_the_parts_of_a_loss_have_tags_and_a_place_on_the_console(tmp_path):
+    stream = io.StringIO()
+    values = {
+        "validation_loss": 2.0,
+        "validation_loss/chat": 1.5,
+        "validation_perplexity/chat": 4.5,
+        "validation_loss/code": 2.5,
+    }
+    sink, console = TensorBoard(tmp_path, 0), Console(10, 0, stream)
+    for one in (sink, console):
+        one.scalars(3, values | {"general_loss": 3.0, "general_perplexity": 20.1, "grad_norm/chat": 1.0})
+    sink.close()
+    assert stream.getvalue() == (
+        "step 3/10  validation loss 2.0000  general perplexity 20.10  by source: chat 1.5000, code 2.5000\n"
+    )
+    assert set(accumulated(tmp_path).Tags()["scalars"]) == {
+        "validation/loss", "validation/loss/chat", "validation/loss/code", "validation/perplexity/chat", "general/loss",
+        "general/perplexity",
+    }  # fmt: skip
+
+
+def test_of_a_prompt_of_ones_own_no_answer_is_expected(tmp_path):
+    answers, stream = [{"prompt": "hello", "answer": "hi", "expected": ""}], io.StringIO()
+    sink, console = TensorBoard(tmp_path, 0), Console(10, 0, stream)
+    for one in (sink, console):
+        one.samples(2, answers)
+    sink.close()
+    assert stream.getvalue() == "  sample at step 2: 'hello' → 'hi'\n"
+    (event,) = accumulated(tmp_path).Tensors("samples/0/text_summary")
+    assert event.tensor_proto.string_val[0].decode() == "**prompt**\n\n```\nhello\n```\n\n**answer**\n\n```\nhi\n```"
 
 
 class Recorder:

@@ -9,6 +9,7 @@ from sft_dist.data.build import prepare, read_conversations
 from sft_dist.data.merge import Funnel
 from sft_dist.data.shards import Shards
 from sft_dist.data.tokenise import Tokenizer, train_sentencepiece
+from sft_dist.errors import DataError
 from sft_dist.schema import CurateConfig, PrepareConfig, SelectConfig, SentencePieceTraining, SourceConfig
 
 WORDS = [f"{a}{b}" for a in ("al", "be", "cor", "du", "el", "fi") for b in ("ta", "no", "mi", "ra", "su", "ke")]
@@ -43,13 +44,14 @@ def source(path, records):
 class Made:
     """A preparation of a.jsonl: its funnel, and what was dropped, by line."""
 
-    def __init__(self, folder, tokenizer, records, curate, validation=(), **more):
+    def __init__(self, folder, tokenizer, records, curate=None, validation=(), **more):
         sources = [source(folder / "a.jsonl", records)]
         held_out = [source(folder / "held.jsonl", validation)] if validation else []
         self.out = folder / "out"
         values = {"sources": sources, "validation_sources": held_out, "tokenizer": str(tokenizer), "seq_len": 64}
-        values |= {"curate": CurateConfig(**{"near_validation": None, **curate}), "out": str(self.out)}
-        self.funnel = Funnel(**prepare(PrepareConfig(**values | more)).funnel)
+        values |= {"curate": CurateConfig(**{"near_validation": None, **(curate or {})}), "out": str(self.out)}
+        self.config = PrepareConfig(**values | more)
+        self.funnel = Funnel(**prepare(self.config).funnel)
         rejects = [json.loads(line) for line in (self.out / "rejects.jsonl").read_text().splitlines()]
         assert self.funnel.is_exact
         assert Counter(reject["reason"] for reject in rejects) == self.funnel.drops
@@ -163,6 +165,85 @@ def test_what_holds_an_evaluation_text_is_not_trained_on(make, tmp_path):
         7: ("contaminated", "shares a run of words with eval.jsonl:3"),
     }
     assert made.funnel == Funnel(10, 8, 0, {"contaminated": 2})
+
+
+def test_general_text_is_a_split_of_its_own_and_what_holds_it_is_not_trained_on(make, tmp_path):
+    articles = [sentence(80, 70), sentence(81, 15), " "]  # the first is longer than a row
+    (tmp_path / "wiki.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in articles))
+    (tmp_path / "more.txt").write_text(sentence(82, 12) + "\n")
+    records = [(sentence(n, 20), f"yes {n}") for n in range(6)]
+    records[1] = ("say it", "and " + " ".join(articles[0].split()[40:54]).upper())
+    records[4] = (f"once {sentence(82, 12)}", "yes")
+    general = [
+        SourceConfig(path=str(tmp_path / "wiki.jsonl"), text="body"),
+        SourceConfig(path=str(tmp_path / "more.txt")),
+    ]
+    made = make(records, general=general, seq_len=64)
+    assert made.rejects == {
+        2: ("contaminated", "shares a run of words with wiki.jsonl:1"),
+        5: ("contaminated", "shares a run of words with more.txt:1"),
+    }
+    assert not {*articles[:2], sentence(82, 12)} & {*made.texts("train")}
+    shards = Shards.open(made.out / "general", verify=True)
+    about = json.loads((made.out / "prepare.json").read_text())["splits"]["general"]
+    assert about["rows"] == shards.num_rows > 1
+    assert about["documents"] > 3
+    whole = [*made.tokenizer.encode(articles[0]), made.tokenizer.eos_id]
+    targets = len(whole) - 1 + sum(len(made.tokenizer.encode(text)) for text in (articles[1], sentence(82, 12)))
+    assert about["targets"] == targets + (0 if not made.tokenizer.bos_ids else 3)
+    parts = [text for text in made.texts("general") if text in articles[0]]
+    assert len(parts) == about["documents"] - 2
+    assert max(map(len, made.texts("general"))) < len(articles[0])
+
+
+@pytest.mark.parametrize("long_documents", ["drop", "error"])
+def test_general_text_is_whole_whatever_becomes_of_long_documents(make, tmp_path, long_documents):
+    (tmp_path / "more.txt").write_text(sentence(82, 100) + "\n")
+    general = [SourceConfig(path=str(tmp_path / "more.txt"))]
+    records = [(sentence(n), f"yes {n}") for n in range(3)]
+    made = make(records, general=general, seq_len=64, long_documents=long_documents)
+    assert made.funnel == Funnel(3, 3, 0, {})
+    assert Shards.open(made.out / "general").manifest.documents > 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "prepare.general: .*general.jsonl: it holds no records"),
+        ('{"text": 1}\n', "prepare.general: .*general.jsonl: .*general.jsonl:1 is no text"),
+        ('{"text": " "}\n', "prepare.general: there is no text in it; name files with text, or leave it out"),
+    ],
+)
+def test_general_text_that_cannot_be_read_is_refused(make, tmp_path, content, message):
+    (tmp_path / "general.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        make([(sentence(0), "yes")], general=[SourceConfig(path=str(tmp_path / "general.jsonl"))])
+
+
+def test_a_change_of_the_general_text_is_noticed_as_any_other(make, tmp_path):
+    path, records = tmp_path / "general.txt", [(sentence(n), f"yes {n}") for n in range(3)]
+    path.write_text(sentence(82, 30))
+    made = make(records, general=[SourceConfig(path=str(path))])
+    again = made.config
+    assert prepare(again).was_already_prepared
+    with pytest.raises(DataError, match=r"was prepared otherwise \(prepare\.general: \[.*→ \[\]; the bytes of"):
+        prepare(again.model_copy(update={"general": []}))
+    path.write_text(sentence(83, 30))
+    with pytest.raises(DataError, match=r"was prepared otherwise \(the bytes of .*general\.txt\)"):
+        prepare(again)
+
+
+def test_what_was_prepared_before_there_was_general_text_is_still_good(make, tmp_path):
+    made = make([(sentence(n), f"yes {n}") for n in range(3)])
+    path = made.out / "prepare.json"
+    about = json.loads(path.read_text())
+    del about["settings"]["prepare"]["general"]
+    path.write_text(json.dumps(about))
+    assert prepare(made.config).was_already_prepared
+    (tmp_path / "general.txt").write_text(sentence(82, 30))
+    general = [SourceConfig(path=str(tmp_path / "general.txt"))]
+    with pytest.raises(DataError, match=r"was prepared otherwise \(prepare\.general: \[\] → "):
+        prepare(made.config.model_copy(update={"general": general}))
 
 
 def test_a_selection_keeps_so_many_and_tells_of_the_others(make):
