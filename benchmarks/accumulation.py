@@ -31,15 +31,19 @@ from rich.console import Console
 from rich.table import Table
 
 from sft_dist.attention import packed_logits
+from sft_dist.batch import derive_batch
 from sft_dist.comms import Comms
-from sft_dist.config import ModelConfig, TrainConfig, derive_batch, load, zero_config
+from sft_dist.config import load
 from sft_dist.data.build import prepare
 from sft_dist.data.loader import Loader, Step
 from sft_dist.data.shards import Shards
-from sft_dist.engine import Engine, decay_groups
+from sft_dist.engine import Engine
 from sft_dist.loss import target_log_probs
 from sft_dist.model import build, model_config
+from sft_dist.optimizer import decay_groups
+from sft_dist.schema import ModelConfig, TrainConfig
 from sft_dist.topology import Topology
+from sft_dist.zero import zero_config
 from tests.dist import gradients
 from tests.workers import run_workers
 
