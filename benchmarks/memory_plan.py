@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pack import machine
 
-from sft_dist.memory import Size, parts, trace
 from sft_dist.model import build, model_config
+from sft_dist.plan import Model
 from sft_dist.schema import ModelConfig
 from sft_dist.zero import zero_config
 
@@ -46,7 +46,7 @@ MISTRAL = {
 # The formulas were written while looking at GPT-2 of 6 to 48 layers; nothing of the other families was looked at.
 CASES = {
     "gpt2-355m": ({**GPT2, "n_layer": 24, "n_embd": 1024}, 50_257, 1024, "0", "fp32", 8, 2, False),
-    "gpt2-1.5b": ({**GPT2, "n_layer": 48, "n_embd": 1600}, 50_257, 1024, "2_offload", "bf16", 2, 4, True),
+    "gpt2-0.8b": ({**GPT2, "n_layer": 24, "n_embd": 1600}, 50_257, 1024, "2_offload", "bf16", 2, 4, True),
     "llama-1.2b": (LLAMA, 128_256, 4096, "1", "bf16", 8, 1, True),
     "llama-1.2b offloaded": (LLAMA, 128_256, 2048, "3_offload", "bf16", 2, 1, False),
     "qwen2-0.5b": (QWEN2, 151_936, 2048, "2", "bf16", 16, 2, False),
@@ -79,10 +79,12 @@ def predicted(
     config = ModelConfig(config=model)
     made = model_config(config, vocab_size=vocab_size, seq_len=seq_len, eos_id=0)
     with torch.device("meta"):
-        size = Size.of(build(config, made, seed=0, gradient_checkpointing=False))
-    traced = trace(config, made, seq_len=seq_len, precision=precision, checkpointing=checkpointing).times(rows)
-    found = parts(size, traced, zero_config(f"ds_configs/zero{stage}.json"), world_size=world_size, precision=precision)
-    return {"parameters": size.parameters, "device": found.total, "host": found.host}
+        meta = build(config, made, seed=0, gradient_checkpointing=False)
+    of = Model(config, made, meta, seq_len, precision)
+    found = of.parts(
+        zero_config(f"ds_configs/zero{stage}.json"), world_size=world_size, rows=rows, checkpointing=checkpointing
+    )
+    return {"parameters": of.size.parameters, "device": found.total, "host": found.host}
 
 
 def measured(about: dict[str, Any], on_gpu: bool) -> dict[str, float]:

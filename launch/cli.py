@@ -188,6 +188,7 @@ def plan(run_file: str | None, overrides: tuple[str, ...], compare: str | None, 
     show_default=True,
     help="Ranks of a node; 0: one, on its CPUs.",
 )
+@click.option("--gpu", metavar="NAME", help="As h100-80gb, or its memory, as 48gb: refuse what cannot fit.")
 @click.option("--cpus-per-gpu", type=click.IntRange(min=1), default=4, show_default=True, help="Cores of a rank.")
 @click.option("--time", "limit", metavar="[D-]H:MM:SS", help="Time limit of a life; the ranks save and leave in time.")
 @click.option("--partition", help="Where to queue.")

@@ -15,6 +15,7 @@ from launch.train import Plan
 from sft_dist.engine import Engine
 from sft_dist.errors import ConfigError
 from sft_dist.gpus import GIB, Gpu
+from sft_dist.memory import Parts
 from sft_dist.plan import Choice, Model, advice, choices, divisors, require_fit
 from sft_dist.retention import list_folders, step_of
 from sft_dist.topology import Topology
@@ -77,11 +78,15 @@ def all_choices(plan: Plan, model: Model, card: Gpu | None) -> list[Choice]:
     return list(choices(model, zeros, card, world_size=world_size, rows_per_rank=of_step, rows=rows))
 
 
+def needed(plan: Plan, model: Model) -> Parts:
+    """The memory of a rank."""
+    checkpointing, batch = plan.config.train.gradient_checkpointing, plan.batch
+    return model.parts(plan.zero, world_size=batch.world_size, rows=batch.micro_batch_rows, checkpointing=checkpointing)
+
+
 def refuse_what_cannot_fit(plan: Plan, model: Model, card: Gpu) -> str | None:
     """None where the run fits, a warning where it may not; raises ConfigError, with what would fit, where it cannot."""
-    checkpointing, batch = plan.config.train.gradient_checkpointing, plan.batch
-    common = {"world_size": batch.world_size, "checkpointing": checkpointing}
-    made = model.parts(plan.zero, rows=batch.micro_batch_rows, **common)
+    made, batch, checkpointing = needed(plan, model), plan.batch, plan.config.train.gradient_checkpointing
     if made.total <= card.usable_bytes:
         return None
     what = f"train.micro_batch_rows: {batch.micro_batch_rows} with {plan.config.zero} on {batch.world_size} ranks"
@@ -99,11 +104,10 @@ def dry_step(plan: Plan, engine: Engine, batch: Any) -> None:
         engine.restored(engine.adam_step, scale)
     except torch.OutOfMemoryError as error:
         card, model = of_this_machine(plan.topology), model_of(plan)
-        common = {"world_size": plan.batch.world_size, "checkpointing": plan.config.train.gradient_checkpointing}
-        needed = model.parts(plan.zero, rows=plan.batch.micro_batch_rows, **common).total
-        tighter = replace(card, memory_bytes=min(card.memory_bytes, needed) * 0.9)  # it took more than was predicted
+        foretold = needed(plan, model).total
+        tighter = replace(card, memory_bytes=min(card.memory_bytes, foretold) * 0.9)  # it took more than was predicted
         raise ConfigError(
             f"train.micro_batch_rows: {plan.batch.micro_batch_rows}: the memory of {card.name} ({card.memory_bytes / GIB:,.1f} GiB) ran out in a "
-            f"dry step; {needed / GIB:,.1f} GiB were predicted ({str(error).splitlines()[0]}). "
+            f"dry step; {foretold / GIB:,.1f} GiB were predicted ({str(error).splitlines()[0]}). "
             f"{advice(all_choices(plan, model, tighter), plan.config.zero, plan.config.train.gradient_checkpointing)}"
         ) from None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch import parts
-from launch.fit import all_choices, model_of
+from launch.fit import all_choices, model_of, needed
 from launch.train import Plan
 from sft_dist.batch import num_steps
 from sft_dist.config import read
@@ -206,12 +206,7 @@ def compare(run_dir: Path, options: Options, say: Say) -> None:
     made = measured(run_dir)
     plan, model = made.plan, made.model
     train, card = plan.config.train, gpu(options.gpu) if options.gpu else None
-    predicted = model.parts(
-        plan.zero,
-        world_size=plan.batch.world_size,
-        rows=train.micro_batch_rows,
-        checkpointing=train.gradient_checkpointing,
-    )
+    predicted = needed(plan, model)
     speed, source = _flops_per_second(plan, card, replace(options, like=None))
     factor = None if speed is None else speed / made.flops
     rows: list[tuple[str, float | None, float | None, str]] = [

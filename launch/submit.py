@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import sys
@@ -19,7 +18,6 @@ from sft_dist.errors import ConfigError
 from sft_dist.files import digest_of, publish_text
 from sft_dist.schema import RunConfig
 from sft_dist.topology import Life, Topology
-from sft_dist.zero import zero_stage
 
 Say = Callable[[str], None]
 
@@ -30,6 +28,7 @@ class Options:
 
     nodes: str = "1"
     gpus_per_node: int = 8
+    gpu: str | None = None
     cpus_per_gpu: int = 4
     limit: str | None = None
     partition: str | None = None
@@ -111,7 +110,7 @@ def _training(
     config: RunConfig, run_file: str, overrides: Sequence[str], options: Options, more: Sequence[str], say: Say
 ) -> None:
     say(check(config, options))
-    for line in describe_model(config, max(options.counts) * max(1, options.gpus_per_node)):
+    for line in describe_model(config, options):
         say(line)
     run_dir = Path(config.run_dir)
     if there := slurm.live_jobs(run_dir):
@@ -152,7 +151,7 @@ def _training(
 
 
 _OF_TRAINING = (
-    "nodes", "gpus_per_node", "cpus_per_gpu", "requeue", "chain", "launcher", "stage", "stage_environment",
+    "nodes", "gpus_per_node", "gpu", "cpus_per_gpu", "requeue", "chain", "launcher", "stage", "stage_environment",
 )  # fmt: skip
 
 
@@ -195,11 +194,14 @@ def check(config: RunConfig, options: Options) -> str:
     Raises ConfigError naming the numbers of nodes on which the batch does not divide, or what else is wrong.
     """
     check_deadline(config)
-    told, wrong = {}, {}
+    from sft_dist.gpus import gpu
+
+    told, wrong, card = {}, {}, gpu(options.gpu) if options.gpu else None
     ranks = max(1, options.gpus_per_node)
     for count in options.counts:
         try:
-            told[count] = Plan.of(config, Topology(world_size=count * ranks), Life("submit")).describe()
+            topology = Topology(world_size=count * ranks)
+            told[count] = Plan.of(config, topology, Life("submit"), card=card, is_elsewhere=True).describe()
         except ConfigError as error:
             wrong[count] = str(error)
     if wrong and told:
@@ -212,39 +214,32 @@ def check(config: RunConfig, options: Options) -> str:
     return told[options.counts[-1]]
 
 
-def describe_model(config: RunConfig, ranks: int) -> Iterator[str]:
-    """Its parameters, what ZeRO keeps of it on a rank, and a warning where its checkpoints may not fit.
+def describe_model(config: RunConfig, options: Options) -> Iterator[str]:
+    """Its parameters, the memory of a GPU with the fewest nodes, and a warning where its checkpoints may not fit.
 
-    Raises ModelError, and CheckpointError where there is no room for one checkpoint.
+    Raises ModelError, CheckpointError where there is no room for one checkpoint, and ConfigError where the run cannot fit the
+    GPU that was named.
     """
-    import torch
-
-    from launch import parts
+    from launch import fit, parts
     from sft_dist import preflight
+    from sft_dist.gpus import GIB, gpu
 
-    plan = Plan.of(config, Topology(), Life("submit"))
-    with torch.device("meta"):
-        model, made = parts.model(plan, with_weights=False)
-    checkpoints = parts.checkpoints(plan, parts.identity(plan, made))
-    room = preflight.require_room(checkpoints.folder, checkpoints.retention, parts.checkpoint_bytes(model))
-    stage, parameters = zero_stage(plan.zero), parts.count(model)
-    yield f"model: {parameters:,} parameters, {parts.checkpoint_bytes(model) / 1e9:,.2f} GB a checkpoint"
-    if "offload" not in json.dumps(plan.zero):
-        needed = state_bytes(parameters, stage, ranks, is_16_bit=config.train.precision != "fp32")
-        yield f"memory: at least {needed / 1e9:,.2f} GB a rank, for what ZeRO stage {stage} keeps on {ranks} ranks; activations on top"
+    ranks, card = min(options.counts) * max(1, options.gpus_per_node), gpu(options.gpu) if options.gpu else None
+    plan = Plan.of(config, Topology(world_size=ranks), Life("submit"), card=card, is_elsewhere=True)
+    model = fit.model_of(plan)
+    checkpoints = parts.checkpoints(plan, parts.identity(plan, model.made))
+    size = parts.checkpoint_bytes(model.meta)
+    room = preflight.require_room(checkpoints.folder, checkpoints.retention, size)
+    yield f"model: {model.size.parameters:,} parameters, {size / 1e9:,.2f} GB a checkpoint"
+    needed = fit.needed(plan, model).total / GIB
+    rows = plan.batch.micro_batch_rows
+    yield f"memory: {needed:,.2f} GiB of a GPU, on {ranks} ranks with {rows} rows a micro-batch" + (
+        "" if card else " (with --gpu NAME what cannot fit is refused)"
+    )
+    if card is not None and (tight := fit.refuse_what_cannot_fit(plan, model, card)):
+        yield tight
     if room:
         yield room
-
-
-def state_bytes(parameters: int, stage: int, ranks: int, *, is_16_bit: bool) -> float:
-    """Bytes of weights, fp32 gradients, masters and moments on a rank (Rajbhandari et al., ZeRO, arXiv:1910.02054, §3.1).
-
-    >>> state_bytes(7_000_000_000, stage=3, ranks=64, is_16_bit=True) / 1e9
-    1.96875
-    """
-    parts = (2 if is_16_bit else 4, 4, 12 if is_16_bit else 8)  # weights; gradients; masters and moments
-    first_sharded = {0: 3, 1: 2, 2: 1, 3: 0}[stage]
-    return parameters * sum(size / (ranks if at >= first_sharded else 1) for at, size in enumerate(parts))
 
 
 def render(name: str, options: Sequence[str], exports: dict[str, str]) -> str:

@@ -111,9 +111,10 @@ def _told_once(problems: Sequence[Any]) -> list[Any]:
     return list(furthest.values())
 
 
-def _told(problem: Any) -> tuple[int, bool]:
-    """How much a problem says: what came further, and of a misspelt key and the missing one the former."""
-    return len(problem["loc"]), problem["type"] == "extra_forbidden"
+def _told(problem: Any) -> tuple[int, bool, bool]:
+    """How much a problem says: what came further; of a misspelt key and the missing one the former; of a word which ones there are."""
+    is_word = problem["type"] == "literal_error" and isinstance(problem["input"], str)
+    return len(problem["loc"]), problem["type"] == "extra_forbidden", is_word
 
 
 def _written(problem: Any) -> list[Any]:
@@ -127,7 +128,7 @@ def _written(problem: Any) -> list[Any]:
 
 def _is_branch(part: Any) -> bool:
     """Pydantic names the branch of a union in the location; a person never wrote it."""
-    names = ("str", "TrainedTokenizer", "int", "BlockOrder")
+    names = ("str", "TrainedTokenizer", "int", "constrained-int", "BlockOrder")
     return part in names or (isinstance(part, str) and part.startswith(("function-", "literal[")))
 
 

@@ -187,6 +187,7 @@ WRONG = [
     ("train__global_batch_rows", 2.5, "train.global_batch_rows: 2.5 is not allowed: ", "valid integer; correct the value"),
     ("train__global_batch_rows", "8", "train.global_batch_rows: '8' is not allowed: ", "valid integer; correct the value"),
     ("train__micro_batch_rows", 0, "train.micro_batch_rows: 0 is not allowed: ", "greater than or equal to 1; correct the value"),
+    ("train__micro_batch_rows", "atuo", "train.micro_batch_rows: 'atuo' is not allowed: ", "did you mean auto?"),
     ("train__learning_rate", -1e-5, "train.learning_rate: -1e-05 is not allowed: ", "greater than 0; correct the value"),
     ("train__warmup_ratio", 1, "train.warmup_ratio: 1 is not allowed: ", "less than 1; correct the value"),
     ("train__gradient_checkpointing", "yes please", "train.gradient_checkpointing: 'yes please' is not allowed: ", "boolean; correct the value"),

@@ -104,7 +104,7 @@ def test_it_is_submitted_recorded_and_told(run, cluster, tmp_path):
         "submit", run, "train.seed=3", "--gpus-per-node=2", "--launcher=srun", "--stage=/local", "--", "-x", "n9"
     )
     assert result.exit_code == 0, result.output
-    assert "memory: at least 0.00 GB a rank, for what ZeRO stage" in result.stdout
+    assert "of a GPU, on 2 ranks with 1 rows a micro-batch (with --gpu NAME" in result.stdout
     assert "submitted job 7\n  sft-dist status" in result.stdout
     script = (tmp_path / "run" / "submitted.sbatch").read_text()
     for line in (
