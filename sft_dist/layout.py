@@ -106,7 +106,7 @@ def adam_step(adam: torch.optim.Optimizer) -> int:
 
 def set_adam_step(adam: torch.optim.Optimizer, step: int) -> None:
     """Give every state a count of its own: shared ones would be incremented several times a step."""
-    for state in adam.state.values():
+    for state in filter(None, adam.state.values()):  # an empty one is made by the first step, with moments
         state["step"] = torch.tensor(float(step))
 
 

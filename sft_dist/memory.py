@@ -45,24 +45,27 @@ class Gradient(NamedTuple):
 class Traced:
     """One micro-batch's activations and temporary values, weights and gradients not counted.
 
-    `forward`: the most before the first gradient is there; `gradients`: how it goes on. All grow in proportion to the rows.
+    `forward`: the most before the first gradient is there; `gradients`: how it goes on.
     """
 
     forward: Alive
     gradients: tuple[Gradient, ...] = ()
 
-    def times(self, rows: int) -> Traced:
-        """Of so many rows.
+    def grown(self, two: Traced, rows: int) -> Traced:
+        """Of `rows` rows, where this is of one and `two` of two: part grows with the rows, and part, such as a gradient, does not.
 
-        >>> Traced(Alive(10, 4)).times(2)
-        Traced(forward=Alive(bytes=20, logits=8), gradients=())
+        >>> Traced(Alive(10, 4)).grown(Traced(Alive(16, 8)), rows=5)
+        Traced(forward=Alive(bytes=34, logits=20), gradients=())
         """
 
-        def more(alive: Alive) -> Alive:
-            return Alive(alive.bytes * rows, alive.logits * rows)
+        def more(of_one: Alive, of_two: Alive) -> Alive:
+            return Alive(*(first + (second - first) * (rows - 1) for first, second in zip(of_one, of_two, strict=True)))
 
-        gradients = tuple(Gradient(numel, more(peak), more(after)) for numel, peak, after in self.gradients)
-        return Traced(more(self.forward), gradients)
+        pairs = zip(self.gradients, two.gradients, strict=True)
+        gradients = (
+            Gradient(one.numel, more(one.peak, other.peak), more(one.after, other.after)) for one, other in pairs
+        )
+        return Traced(more(self.forward, two.forward), tuple(gradients))
 
     def backward(self, bucket: int, bytes_of_bucket: float, bytes_to_reduce: float) -> tuple[Alive, float]:
         """(activations, bytes of buffers) when most is needed while gradients fill buckets of so many elements.
@@ -124,13 +127,16 @@ class Live(TorchDispatchMode):
         self.peak = Alive(self.bytes, self.logits)
 
 
-def trace(config: ModelConfig, made: PretrainedConfig, *, seq_len: int, precision: str, checkpointing: bool) -> Traced:
-    """The activations of one row of `seq_len` tokens, every token a target."""
+def trace(
+    config: ModelConfig, made: PretrainedConfig, *, rows: int, seq_len: int, precision: str, checkpointing: bool
+) -> Traced:
+    """The activations of a micro-batch of `rows` rows of `seq_len` tokens, every token a target."""
     with FakeTensorMode(), Live(made.vocab_size) as live:
         scratch = config.model_copy(update={"init": "scratch"})
         model = build(scratch, made, seed=0, gradient_checkpointing=checkpointing, dtype=DTYPES[precision]).train()
-        tokens = torch.zeros(1, seq_len, dtype=torch.int64)
-        positions, places = torch.arange(seq_len)[None], torch.zeros(seq_len - 1, dtype=torch.int64)
+        tokens = torch.zeros(rows, seq_len, dtype=torch.int64)
+        positions = torch.arange(seq_len).expand(rows, seq_len)
+        places = torch.zeros(rows * (seq_len - 1), dtype=torch.int64)
         before = live.bytes
         live.restart()
         gradients: list[Gradient] = []

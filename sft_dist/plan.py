@@ -41,7 +41,7 @@ class Model:
     meta: torch.nn.Module
     seq_len: int
     precision: str
-    _traced: dict[bool, Traced] = field(default_factory=dict)
+    _traced: dict[bool, tuple[Traced, Traced]] = field(default_factory=dict)  # of one row, and of two
 
     def __post_init__(self) -> None:
         self.size = Size.of(self.meta)
@@ -50,9 +50,10 @@ class Model:
         """The memory of a rank with micro-batches of `rows` rows."""
         if checkpointing not in self._traced:
             names = {"seq_len": self.seq_len, "precision": self.precision, "checkpointing": checkpointing}
-            self._traced[checkpointing] = trace(self.config, self.made, **names)
-        traced = self._traced[checkpointing].times(rows)
-        return parts(self.size, traced, zero, world_size=world_size, precision=self.precision)
+            one, two = (trace(self.config, self.made, rows=count, **names) for count in (1, 2))
+            self._traced[checkpointing] = one, two
+        one, two = self._traced[checkpointing]
+        return parts(self.size, one.grown(two, rows), zero, world_size=world_size, precision=self.precision)
 
     def largest(
         self, zero: Mapping[str, Any], gpu: Gpu, *, world_size: int, rows_per_rank: int, checkpointing: bool

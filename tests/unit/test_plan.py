@@ -126,11 +126,14 @@ def test_a_trace_is_what_the_same_pass_allocates(checkpointing):
     config = ModelConfig(config={"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
                                  "num_attention_heads": 4, "num_key_value_heads": 2})  # fmt: skip
     made = model_config(config, vocab_size=1000, seq_len=128, eos_id=0)
-    foretold = trace(config, made, seq_len=128, precision="fp32", checkpointing=checkpointing).times(2)
-    rows, places = torch.arange(2).repeat_interleave(127), torch.arange(127).repeat(2)
+    one, two = (
+        trace(config, made, rows=count, seq_len=128, precision="fp32", checkpointing=checkpointing) for count in (1, 2)
+    )
+    foretold = one.grown(two, rows=5)
+    rows, places = torch.arange(5).repeat_interleave(127), torch.arange(127).repeat(5)
     with Live() as live:
         model = build(config, made, seed=0, gradient_checkpointing=checkpointing).train()
-        tokens, positions = torch.zeros(2, 128, dtype=torch.int64), torch.arange(128).repeat(2, 1) % 64
+        tokens, positions = torch.zeros(5, 128, dtype=torch.int64), torch.arange(128).repeat(5, 1) % 64
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None))
         before = live.bytes
