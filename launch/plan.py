@@ -21,8 +21,13 @@ from sft_dist.retention import list_folders
 from sft_dist.schema import Money, RunConfig, money
 from sft_dist.topology import Life, Topology
 from sft_dist.usage import USAGE, gpu_seconds, read_usage
+from sft_dist.zero import shipped
 
 Say = Callable[[str], None]
+_SHORT = {
+    "weights": "weights", "grads": "gradients", "optim.": "optimizer", "activ.": "activations", "logits": "logits",
+    "buffers": "buffers", "total": "total", "host": "host",
+}  # fmt: skip
 _RECENT = 50  # steps that a speed is the median of
 
 
@@ -72,16 +77,18 @@ def memory_table(plan: Plan, found: list[Choice], card: Gpu | None) -> Iterator[
         f"\nmemory of a GPU in GiB{of}, on {plan.batch.world_size} GPUs with {plan.batch.micro_batch_rows} rows a micro-batch "
         f"(± {ERROR:.0%}):\n"
     )
-    columns = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "total", "host")
-    head = "".join(f"{column:>12}" for column in columns)
-    yield f"  {'':30}{'recomputed':>11}{head}{'fits':>7}{'largest':>9}"
+    head = "".join(f"{name:>8}" for name in _SHORT)
+    yield f"  {'':15}{'recompute':>9}{head}{'':>4}{'largest micro-batch' if card else ''}"
     for choice in found:
         is_own = (choice.zero, choice.checkpointing) == (plan.config.zero, train.gradient_checkpointing)
-        numbers = "".join(f"{getattr(choice.parts, column) / GIB:>12,.2f}" for column in columns)
-        fits = "" if card is None else "yes" if choice.parts.total <= card.usable_bytes else "NO"
-        largest = "" if card is None else str(choice.largest or "none")
-        recomputed = "yes" if choice.checkpointing else "no"
-        yield f"{'→ ' if is_own else '  '}{choice.zero:30}{recomputed:>11}{numbers}{fits:>7}{largest:>9}"
+        name = Path(choice.zero).stem if choice.zero in shipped() else choice.zero
+        numbers = "".join(f"{getattr(choice.parts, part) / GIB:>8,.2f}" for part in _SHORT.values())
+        fits = (
+            ""
+            if card is None
+            else f"{'fits' if choice.parts.total <= card.usable_bytes else 'NO':>6}{choice.largest or 'none':>6}"
+        )
+        yield f"{'→ ' if is_own else '  '}{name:15}{'yes' if choice.checkpointing else 'no':>9}{numbers}{fits}"
     if card is None:
         yield f"\nwith --gpu it is told what fits: {', '.join(names())}, or its memory, as in 48gb"
         return

@@ -219,22 +219,23 @@ class Plan:
     def describe(self) -> str:
         """The derived numbers, for a person; with a warning where they make little sense."""
         per_row = (self.mixture or self.shards.manifest).documents_per_row
-        an_epoch = num_steps(self.shards.num_rows, self.batch)
         batch = self.batch
+        an_epoch = self.shards.num_rows / batch.global_batch_rows
         lines = [
             f"rows: {self.shards.num_rows:,} of {self.shards.seq_len:,} tokens, {per_row:.1f} samples a row",
             f"step: {batch.global_batch_rows:,} rows = {batch.samples(per_row):,.0f} samples = {batch.micro_batch_rows} a "
             f"micro-batch x {batch.accumulation_steps} accumulated x {batch.world_size} processes",
-            f"run: {self.steps():,} steps, {an_epoch:,} an epoch, ZeRO stage {zero_stage(self.zero)}, "
+            f"run: {self.steps():,} steps, {an_epoch:,.1f} an epoch, ZeRO stage {zero_stage(self.zero)}, "
             f"{self.config.train.precision}, learning rate {self.config.train.learning_rate:g}",
         ]
         if self.mixture:
             epochs = self.mixture.epochs(self.rows)
             lines.append("mixture: " + ", ".join(f"{name} {count:.2f} times" for name, count in epochs.items()))
         if an_epoch < 20:
+            unit = "samples" if self.config.train.global_batch_rows is None else "rows"
             lines.append(
-                f"warning: a step of {batch.global_batch_rows:,} rows leaves only {an_epoch} steps an epoch "
-                f"({self.steps()} in all): few for the optimizer to move. A smaller train.global_batch_rows gives more"
+                f"warning: a step of {batch.global_batch_rows:,} rows leaves only {an_epoch:.1f} steps an epoch "
+                f"({self.steps()} in all): few for the optimizer to move. A smaller train.global_batch_{unit} gives more"
             )
         return "\n".join(lines)
 

@@ -204,7 +204,7 @@ def test_few_steps_an_epoch_get_a_warning(run):
     large = plan(run, f"train.global_batch_rows={rows // 2 + 1}")
     assert large.steps() == 4
     assert large.describe().splitlines()[-1] == (
-        f"warning: a step of {rows // 2 + 1} rows leaves only 2 steps an epoch (4 in all): few for the optimizer to move. "
+        f"warning: a step of {rows // 2 + 1} rows leaves only {rows / (rows // 2 + 1):.1f} steps an epoch (4 in all): few for the optimizer to move. "
         "A smaller train.global_batch_rows gives more"
     )
 
