@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import platform
 import statistics
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
+from queue import Empty, SimpleQueue
 
 import torch
 
@@ -17,6 +19,7 @@ from sft_dist.comms import Comms
 from sft_dist.errors import HealthError
 from sft_dist.topology import node_name
 
+DEADLINE_SECONDS = 30.0
 CLOCK_SECONDS = 5.0  # clocks further apart are told: the end of the job's time is read from them
 _PROBE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}  # of the all-reduce: enough to be limited by the network
 _SAME_EVERYWHERE = {"device": "GPUs differ", "versions": "software differs", "data": "shards differ"}
@@ -51,8 +54,32 @@ def facts(device: torch.device, data: str) -> Facts:
 def examine(comms: Comms, mine: Facts) -> list[str]:
     """Compare the machines of all ranks, then try the network between them; returns lines to say, warnings among them.
 
-    Raises HealthError, on every rank, where machines that have to be alike are not, or a sum comes back wrong.
+    Raises HealthError, on every rank, where machines that have to be alike are not, a sum comes back wrong, or nothing comes
+    back in `DEADLINE_SECONDS` and a little more for many ranks: NCCL itself would wait for long.
     """
+    answers: SimpleQueue[list[str] | Exception] = SimpleQueue()
+
+    def answer() -> None:
+        try:
+            answers.put(_examine(comms, mine))
+        except Exception as error:
+            answers.put(error)
+
+    seconds = DEADLINE_SECONDS + comms.topology.world_size / 20
+    threading.Thread(target=answer, name="preflight", daemon=True).start()
+    try:
+        told = answers.get(timeout=seconds)
+    except Empty:
+        raise HealthError(
+            f"network: the ranks did not get through a sum within {seconds:.0f} s, seen from {mine.node}; have the links between the "
+            "nodes looked at (NCCL_DEBUG=INFO tells more)"
+        ) from None
+    if isinstance(told, Exception):
+        raise told
+    return told
+
+
+def _examine(comms: Comms, mine: Facts) -> list[str]:
     comms.barrier()
     told = judge([Facts(**each) for each in comms.gather(asdict(replace(mine, clock=time.time())))])
     return told + (_try_network(comms, mine.node) if comms.topology.world_size > 1 else [])

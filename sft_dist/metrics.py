@@ -24,6 +24,8 @@ TAGS = {
     "target_tokens_per_second": "speed/target_tokens_per_second",
     "tokens_per_second": "speed/tokens_per_second",
     "step_seconds": "speed/step_seconds",
+    "gpu_hours": "budget/gpu_hours",
+    "cost": "budget/cost",
     "steps_not_applied": "train/steps_not_applied",
     "slowest_rank_ratio": "speed/slowest_rank_ratio",
     "memory_bytes": "memory/peak_bytes",

@@ -165,7 +165,7 @@ def train(
             )
             values |= {"slowest_rank_ratio": slowest} if slowest is not None else {}
             values |= {"steps_not_applied": state.not_applied} if state.not_applied else {}
-            metrics.scalars(state.step, {"learning_rate": rate, **values})
+            metrics.scalars(state.step, {"learning_rate": rate, **values, **budget.numbers})
         if bad_steps.is_over(state.streak):
             report(checkpoints.finish(waiting))
             return "diverged", state

@@ -125,6 +125,14 @@ class Budget:
         self._longest_step = max(self._longest_step, seconds)
         self._steps = [*self._steps[:1], (step, self.clock(), tokens)]
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The metrics: GPU-hours of all lives until now, and what they cost where there is a price; on the main rank."""
+        if self.journal is None:
+            return {}
+        hours = self.journal.gpu_seconds() / 3600
+        return {"gpu_hours": hours} | ({"cost": hours * self.price} if self.price else {})
+
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
         """How long an evaluation takes, for the one at the end; one that is left half done tells nothing."""

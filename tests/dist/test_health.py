@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -53,6 +54,25 @@ def test_every_rank_names_the_bad_node(fault, said):
     for text, nodes in run_workers(examined, 3, **fault):
         assert text.startswith(said)
         assert nodes == ("n2",)
+
+
+def waited_for(topology):
+    comms = Comms(topology, torch.device("cpu"))
+    health.DEADLINE_SECONDS = 1.0
+    if topology.rank == 2:
+        comms.sum_on_device = lambda tensor: time.sleep(30)
+    began = time.monotonic()
+    try:
+        return health.examine(comms, health.facts(comms.device, "a1"))
+    except HealthError as error:
+        return str(error), error.nodes, time.monotonic() - began
+
+
+def test_a_sum_that_does_not_come_back_ends_the_preflight_on_every_rank():
+    for text, nodes, seconds in run_workers(waited_for, 3):
+        assert text.startswith("network: the ranks did not get through a sum within 1 s, seen from ")
+        assert nodes == ()
+        assert seconds < 5
 
 
 def rehearsed(topology, folder, bad_ranks):

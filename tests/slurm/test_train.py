@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from sft_dist.usage import gpu_seconds, read_usage
 from tests.chaos.driver import command_of, tensors
 from tests.e2e.commands import run, start
 from tests.invariants import runs
@@ -147,6 +148,11 @@ def test_whatever_ends_its_lives_it_ends_where_the_undisturbed_run_does(cluster,
     assert job.verdicts() == ["stopped"] * 3 + ["completed"]
     assert job.log.count("no verdict: killed, or its machine failed") == 1
     job.is_undisturbed()
+    lines = read_usage(job.run_dir / "usage.jsonl")
+    assert len({line["life"] for line in lines}) == 5, "the life that was killed is on the account"
+    of_lives = [[line for line in lines if line["life"] == life] for life in {line["life"] for line in lines}]
+    assert gpu_seconds(lines) == pytest.approx(sum(gpu_seconds(of_one) for of_one in of_lives))
+    assert all(gpu_seconds(of_one) > 0 for of_one in of_lives)
     said = job.sft_dist(f"status {job.run_dir.name}")
     assert f"{STEPS} of {STEPS}, loss " in said
     assert "nothing of it waits or runs" in said

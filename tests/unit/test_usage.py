@@ -34,6 +34,15 @@ def test_lives_add_up_over_kills_other_sizes_and_cut_lines(tmp_path, clock):
     assert Journal(path, "7-2", gpus=1, began=2050.0).before == 110 * 8 + 100 * 4
 
 
+def test_the_metrics_are_of_all_lives_and_the_main_ranks(tmp_path, clock):
+    path = tmp_path / "usage.jsonl"
+    Journal(path, "7-0", gpus=2, began=-6200.0)._append()  # 7,200 s, and killed
+    with Journal(path, "7-1", gpus=1, began=-2600.0) as journal:
+        assert Budget(price=2.5, currency="EUR", journal=journal).numbers == {"gpu_hours": 5.0, "cost": 12.5}
+        assert Budget(journal=journal).numbers == {"gpu_hours": 5.0}
+    assert Budget(price=2.5, currency="EUR").numbers == {}
+
+
 def test_a_beat_is_written_while_nobody_asks(tmp_path, monkeypatch):
     monkeypatch.setattr(usage, "BEAT_SECONDS", 0.01)
     path = tmp_path / "usage.jsonl"
