@@ -350,14 +350,21 @@ def money(text: str) -> Money:
     return Money(float(found[1]), found[2])
 
 
+def _money(value: Any) -> Any:
+    """Checked where it stands, so that a bare number is told what it lacks."""
+    if value is not None:
+        money(str(value))
+    return value
+
+
 class BudgetConfig(Section):
     """What the run may cost over all its lives: before the first limit is reached it ends, saved and measured."""
 
     gpu_hours: Float | None = Field(default=None, gt=0)
     """Wall time of all lives times their GPUs: start-up, evaluation, saving and lives that were killed count."""
-    cost: str | None = None
+    cost: Annotated[str | None, BeforeValidator(_money)] = None
     """As in `250 EUR`; needs price_per_gpu_hour."""
-    price_per_gpu_hour: str | None = None
+    price_per_gpu_hour: Annotated[str | None, BeforeValidator(_money)] = None
     """As in `2.10 EUR`; alone it only shows what was spent."""
     deadline: Annotated[datetime.datetime, BeforeValidator(_moment)] | None = None
     """As in 2027-01-31T18:00:00+01:00."""

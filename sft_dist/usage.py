@@ -186,6 +186,10 @@ class Budget:
 
         >>> Budget(price=2.5, currency="EUR")._hours(7200)
         '2.00 GPU-hours (5.00 EUR)'
+        >>> Budget()._hours(2)
+        '0.000556 GPU-hours'
         """
         hours = seconds / 3600
-        return f"{hours:,.2f} GPU-hours" + (f" ({hours * self.price:,.2f} {self.currency})" if self.price else "")
+        return (f"{hours:,.2f} GPU-hours" if hours >= 0.01 else f"{hours:.3g} GPU-hours") + (
+            f" ({hours * self.price:,.2f} {self.currency})" if self.price else ""
+        )

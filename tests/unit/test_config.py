@@ -580,7 +580,10 @@ def shown(page):
 
 
 def test_what_the_page_on_run_control_shows_can_be_written(tmp_path):
-    config = load(written(tmp_path, **shown("control.md")))
+    values = shown("control.md")
+    bad_steps = values.pop("train")["bad_steps"]
+    config = load(written(tmp_path, **values, train__bad_steps=bad_steps))
+    assert config.train.bad_steps.model_dump() == bad_steps
     assert config.budget.gpu_seconds == pytest.approx(800 / 2.10 * 3600)
     assert config.evaluate.early_stopping.warmup_steps == 200
 
