@@ -13,8 +13,9 @@ import pytest
 import torch
 import yaml
 
+from sft_dist.retention import list_folders
 from sft_dist.usage import gpu_seconds, read_usage
-from tests.chaos.driver import command_of, tensors
+from tests.chaos.driver import command_of
 from tests.e2e.commands import run, start
 from tests.invariants import runs
 from tests.slurm.cluster import GRACE_SECONDS, Cluster
@@ -108,7 +109,7 @@ class Job:
 
     def is_undisturbed(self, *, bit_for_bit: bool = True) -> None:
         if bit_for_bit:
-            mine, theirs = (tensors(folder / "checkpoints") for folder in (self.run_dir, self.task / "undisturbed"))
+            mine, theirs = (runs.tensors(list_folders(folder / "checkpoints")[-1]) for folder in (self.run_dir, self.task / "undisturbed"))
             assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
         else:
             self.is_like("undisturbed")
@@ -116,7 +117,7 @@ class Job:
 
     def is_like(self, name: str) -> None:
         """Its weights are those of that run, but for the order in which sums were rounded."""
-        mine, theirs = (tensors(folder / "checkpoints") for folder in (self.run_dir, self.task / name))
+        mine, theirs = (runs.tensors(list_folders(folder / "checkpoints")[-1]) for folder in (self.run_dir, self.task / name))
         weights = [key for key in theirs if key.startswith("master/")]
         assert max((mine[key] - theirs[key]).abs().max().item() for key in weights) < 1e-3
 

@@ -11,11 +11,12 @@ import torch
 import yaml
 
 from launch import fit, plan
-from launch.train import Plan, Resume
+from launch.train import Plan, Resume, run_plan
 from sft_dist.config import load
 from sft_dist.errors import ConfigError
 from sft_dist.flops import matmul_parameters
 from sft_dist.gpus import GIB, Gpu, gpu
+from sft_dist.limits import StopRequest
 from sft_dist.memory import Alive, Gradient, Parts, Traced, trace
 from sft_dist.model import build, model_config
 from sft_dist.plan import advice, require_fit
@@ -184,6 +185,15 @@ def test_what_cannot_fit_is_refused_with_what_would(run):
         ConfigError, match=r"train\.micro_batch_rows: 8 .* GiB are needed on a GPU of .* GiB \(weights 0\.2, .*\)\. "
     ):
         fit.refuse_what_cannot_fit(made, model, small)
+
+
+def test_train_refuses_it_before_anything_starts(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(fit, "of_this_machine", lambda topology: gpu("0.1gb"))
+    made = planned(run, f"model.config={json.dumps(LARGE)}", world_size=1)
+    with pytest.raises(ConfigError, match=r"GiB are needed on a GPU of 0\.1 GiB"):
+        run_plan(made, StopRequest())
+    assert not (tmp_path / "run").exists()
 
 
 def test_advice_names_the_nearest_change_first():
