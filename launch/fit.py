@@ -12,9 +12,11 @@ import yaml
 
 from launch import parts
 from launch.train import Plan
+from sft_dist.comms import Comms
 from sft_dist.engine import Engine
 from sft_dist.errors import ConfigError
 from sft_dist.gpus import GIB, Gpu
+from sft_dist.layout import MOMENTS
 from sft_dist.memory import Parts
 from sft_dist.plan import Choice, Model, advice, choices, divisors, require_fit
 from sft_dist.retention import list_folders, step_of
@@ -56,9 +58,23 @@ def settled(plan: Plan, card: Gpu) -> Plan:
         if rows is None:
             refuse_what_cannot_fit(plan, model, card)
             rows = 1
-    batch = replace(plan.batch, micro_batch_rows=rows, accumulation_steps=of_step // rows)
-    train = train.model_copy(update={"micro_batch_rows": rows})
+    return with_rows(plan, rows)
+
+
+def with_rows(plan: Plan, rows: int) -> Plan:
+    """The plan with micro-batches of so many rows; the batch stays as it is."""
+    batch = replace(
+        plan.batch,
+        micro_batch_rows=rows,
+        accumulation_steps=plan.batch.global_batch_rows // plan.batch.world_size // rows,
+    )
+    train = plan.config.train.model_copy(update={"micro_batch_rows": rows})
     return replace(plan, config=plan.config.model_copy(update={"train": train}), batch=batch)
+
+
+def alike(plan: Plan, comms: Comms) -> Plan:
+    """The plan with the smallest micro-batch that a rank has settled for: machines may differ, ranks must not."""
+    return with_rows(plan, min(comms.gather(plan.batch.micro_batch_rows)))
 
 
 def _of_checkpoint(folder: Path, step: int | None) -> int | None:
@@ -86,6 +102,8 @@ def needed(plan: Plan, model: Model) -> Parts:
 
 def refuse_what_cannot_fit(plan: Plan, model: Model, card: Gpu) -> str | None:
     """None where the run fits, a warning where it may not; raises ConfigError, with what would fit, where it cannot."""
+    if model.has_experts:
+        return None
     made, batch, checkpointing = needed(plan, model), plan.batch, plan.config.train.gradient_checkpointing
     if made.total <= card.usable_bytes:
         return None
@@ -94,14 +112,18 @@ def refuse_what_cannot_fit(plan: Plan, model: Model, card: Gpu) -> str | None:
 
 
 def dry_step(plan: Plan, engine: Engine, batch: Any) -> None:
-    """One micro-batch forward and backward and through the optimizer's arithmetic, before anything counts; no weight moves.
+    """Two micro-batches and an optimizer step of rate 0, before anything counts: moments are made, and no weight moves.
 
     Raises ConfigError with numbers where memory runs out.
     """
     scale = engine.loss_scale
     try:
-        engine.learn([batch], denominator=batch.tokens.numel(), learning_rate=0.0, norm_limit=-1.0)
-        engine.restored(engine.adam_step, scale)
+        engine.learn([batch, batch], denominator=2 * batch.tokens.numel(), learning_rate=0.0)
+        for fragment in engine.fragments():
+            for name in MOMENTS:
+                if name in fragment.values:
+                    fragment.values[name].zero_()
+        engine.restored(0, scale)
     except torch.OutOfMemoryError as error:
         card, model = of_this_machine(plan.topology), model_of(plan)
         foretold = needed(plan, model).total

@@ -52,6 +52,8 @@ def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: i
     plan = Plan.of(config, topology, Life("check"), resume)  # raises what is wrong before anything starts
     if config.train.micro_batch_rows == "auto":
         overrides = [*overrides, f"train.micro_batch_rows={plan.config.train.micro_batch_rows}"]
+    if not resume.is_fresh:
+        read_lines(Path(config.run_dir) / "metrics.jsonl")
     if 0 < num_gpus() < processes:
         raise ConfigError(
             f"--nproc {processes}: this machine has {num_gpus()} usable GPUs, and each process needs its own. "
@@ -82,7 +84,8 @@ def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: i
     if verdict.reason == "stopped":
         return 128 + (asked[0] if asked else signal.SIGTERM)
     if verdict.reason in ("completed", "plateaued", "spent"):
-        print(summary(config), flush=True)
+        if verdict.step:  # a budget can be too small for any
+            print(summary(config), flush=True)
         return 0
     return verdict.exit_code
 

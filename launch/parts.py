@@ -34,7 +34,7 @@ from sft_dist.data.tokenise import Tokenizer
 from sft_dist.data.work import template_for
 from sft_dist.engine import Engine
 from sft_dist.errors import CheckpointError, ConfigError, DataError, DivergedError, HealthError
-from sft_dist.evaluate import Evaluator, Sources, forgetting, held_out
+from sft_dist.evaluate import Evaluator, Sources, forgetting, held_out, open_shards
 from sft_dist.files import first_free
 from sft_dist.identity import ALLOWANCES, STREAM, changes
 from sft_dist.labels import LabelTask
@@ -42,13 +42,13 @@ from sft_dist.ledger import Ledger
 from sft_dist.limits import EarlyStopping, Verdict
 from sft_dist.metrics import Console, JsonLines, Metrics, TensorBoard, confusion_table, read_lines
 from sft_dist.model import build, has_dropout, model_config
-from sft_dist.retention import Retention, list_folders, step_of
-from sft_dist.schedule import learning_rate
+from sft_dist.retention import Retention
+from sft_dist.rollback import rolled_back, targets
+from sft_dist.schedule import Cadence, learning_rate
 from sft_dist.schema import Money, money
 from sft_dist.spikes import BAD_ROWS, BadStep, BadSteps
 from sft_dist.state import Past, TrainState
 from sft_dist.topology import node_name
-from sft_dist.trainer import Cadence
 from sft_dist.usage import USAGE, Budget, Journal
 from sft_dist.watchdog import HUNG_EXIT_CODE, Watchdog
 from sft_dist.zero import zero_stage
@@ -86,6 +86,11 @@ def identity(plan: Plan, made: Any) -> dict[str, Any]:
     more = {"mixture": plan.mixture.identity()} if plan.mixture else {}
     if plan.config.train.order != "rows":
         more["order"] = plan.config.train.order.model_dump()
+    if general := [one.manifest.data for folder in plan.shards_dirs if (one := open_shards(folder, "general"))]:
+        more["general"] = " ".join(general)  # what the model is not to forget is compared with itself
+    early = plan.config.evaluate.early_stopping
+    if early is not None and early.metric != "validation_loss":
+        more["judged_by"] = early.metric  # the scores of checkpoints are compared
     return {
         "model": digest.hexdigest(),
         "data": manifest.data,
@@ -251,6 +256,8 @@ def with_changes(
         notes.append(f"skipped: rows {first:,} to {last - 1:,} of the stream are left out")
         ahead = tuple((max(begin, last), end) for begin, end in state.ahead if end > last)
         state = replace(state, rows_consumed=last, skipped=(*state.skipped, (first, last)), ahead=ahead).past_skipped()
+    if notes:  # what was bad was so of another stream, or is behind
+        state = replace(state, streak=None)
     return replace(state, notes=(*state.notes, *(f"step {state.step}: {note}" for note in notes))), notes
 
 
@@ -361,6 +368,14 @@ def told_at_the_end(plan: Plan, step: int) -> list[str]:
     return told
 
 
+def owes_evaluation(plan: Plan, state: TrainState, comms: Comms) -> bool:
+    """Whether an evaluation on the way was left when a life before was asked to stop; every rank calls it."""
+    is_due = state.step > 0 and Cadence.is_due(state.step, plan.config.evaluate.every_steps)
+    lines = read_lines(plan.run_dir / "metrics.jsonl") if plan.topology.is_main and is_due else []
+    is_there = any(line["step"] == state.step and "validation_loss" in line for line in lines)
+    return comms.broadcast(is_due and not is_there)
+
+
 def early_stopping(plan: Plan) -> EarlyStopping | None:
     """What ends the run before its last step."""
     config = plan.config.evaluate.early_stopping
@@ -385,9 +400,9 @@ def tell_bad_step(plan: Plan, bad: BadStep) -> None:
     """Say that a step was not applied, and list its rows with the records that they hold."""
     path, records = plan.run_dir / BAD_ROWS, {}
     try:
-        records = {row: plan.shards.origins(row) for row in bad.rows}
-    except DataError as error:
-        _log.warning("%s", error)
+        records = plan.shards.origins(bad.rows)
+    except (DataError, OSError) as error:
+        _log.warning("the records of bad rows are not known: %s", error)
     named = [record for of_row in records.values() for record in of_row]
     more = f" and {len(named) - 3:,} more" if len(named) > 3 else ""
     of = f"; of {', '.join(named[:3])}{more}" if named else ""
@@ -398,34 +413,32 @@ def tell_bad_step(plan: Plan, bad: BadStep) -> None:
     _log.warning("%s; %d rows are listed in %s%s", bad.describe(), len(bad.rows), path, of)
 
 
-def roll_back(plan: Plan, checkpoints: Checkpoints, engine: Engine, state: TrainState) -> TrainState:
+def roll_back(
+    plan: Plan, checkpoints: Checkpoints, engine: Engine, state: TrainState, resumed: TrainState
+) -> TrainState:
     """The state of the last checkpoint before the streak of bad steps that `state` is in, with their rows to be skipped.
 
-    Never twice to the same one. Raises DivergedError where there is none, or after enough roll-backs.
+    Never twice to the same one, nor behind what was changed on purpose: `resumed` is the state that this life began with.
+    Raises DivergedError where there is none, or after enough roll-backs.
     """
-    streak, allowed = state.streak, plan.config.train.bad_steps.max_roll_backs
-    there = checkpoints.comms.broadcast([step_of(path) for path in list_folders(checkpoints.folder)])
-    before = [step for step in there if step < streak.first_step and step != state.rolled_to]
-    why = f"after {state.roll_backs} roll-backs" if state.roll_backs >= allowed else None
-    why = why or (None if before else "with no other checkpoint before them to go back to")
-    if why:
-        raise DivergedError(
-            f"steps {streak.first_step} to {state.step} could not be applied, {why}: no number came out of the rows "
-            f"{streak.first_row} to {state.rows_consumed - 1} of the stream. The checkpoints are untouched; lower train.learning_rate, "
-            f"or look at the records in {plan.run_dir / BAD_ROWS}"
-        )
-    restored = checkpoints.restore(engine.fragments, before[-1])
-    assert restored is not None
-    back = restored[1]
-    engine.restored(back.adam_step, back.loss_scale)
-    note = (
-        f"step {state.step}: rolled back to step {back.step}; the ordinals {streak.first_row} to {state.rows_consumed - 1} of the "
-        f"{streak.steps} steps that could not be applied are skipped"
+    is_allowed = state.roll_backs < plan.config.train.bad_steps.max_roll_backs
+    found = targets(checkpoints.folder, state, resumed) if plan.topology.is_main and is_allowed else []
+    for step in checkpoints.comms.broadcast(found):
+        try:
+            _, back, _ = checkpoints.restore(engine.fragments, step)
+        except CheckpointError as error:  # on every rank
+            _log.warning("%s", error)
+            continue
+        back = resumed if step == resumed.step else back
+        engine.restored(back.adam_step, back.loss_scale)
+        made, note = rolled_back(back, state)
+        _log.warning("warning: %s", note)
+        return made
+    why = "with no other checkpoint before them to go back to" if is_allowed else f"after {state.roll_backs} roll-backs"
+    raise DivergedError(
+        f"steps {state.streak.first_step} to {state.step} could not be applied, {why} (rows {state.streak.first_row} to "
+        f"{state.rows_consumed - 1} of the stream). Lower train.learning_rate, or look at the records in {plan.run_dir / BAD_ROWS}"
     )
-    _log.warning("warning: %s", note)
-    ahead = (*back.ahead, (streak.first_row, state.rows_consumed))
-    notes, roll_backs = (*back.notes, note), state.roll_backs + 1
-    return replace(back, ahead=ahead, rolled_to=back.step, roll_backs=roll_backs, notes=notes).past_skipped()
 
 
 def budget(plan: Plan, journal: Journal | None) -> Budget:

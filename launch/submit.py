@@ -231,6 +231,11 @@ def describe_model(config: RunConfig, options: Options) -> Iterator[str]:
     size = parts.checkpoint_bytes(model.meta)
     room = preflight.require_room(checkpoints.folder, checkpoints.retention, size)
     yield f"model: {model.size.parameters:,} parameters, {size / 1e9:,.2f} GB a checkpoint"
+    if room:
+        yield room
+    if model.has_experts:
+        yield "memory: not planned of a mixture of experts"
+        return
     needed = fit.needed(plan, model).total / GIB
     rows = plan.batch.micro_batch_rows
     yield f"memory: {needed:,.2f} GiB of a GPU, on {ranks} ranks with {rows} rows a micro-batch" + (
@@ -238,8 +243,6 @@ def describe_model(config: RunConfig, options: Options) -> Iterator[str]:
     )
     if card is not None and (tight := fit.refuse_what_cannot_fit(plan, model, card)):
         yield tight
-    if room:
-        yield room
 
 
 def render(name: str, options: Sequence[str], exports: dict[str, str]) -> str:

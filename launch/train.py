@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # started by path from a clone
 
 from launch.stage import copy_of
 from sft_dist import watchdog
-from sft_dist.batch import Batch, derive_batch, num_steps, total_rows
+from sft_dist.batch import Batch, derive_batch, even_batch, num_steps, total_rows
 from sft_dist.config import load
 from sft_dist.data.mixture import Joined, Mixture
 from sft_dist.data.order import Blocks, row_numbers
@@ -33,6 +33,7 @@ from sft_dist.errors import BusyError, ConfigError, DataError, HealthError, SftD
 from sft_dist.files import Hold, hold
 from sft_dist.identity import ALLOWANCES
 from sft_dist.limits import StopRequest, Verdict
+from sft_dist.metrics import read_lines
 from sft_dist.retention import list_folders, step_of
 from sft_dist.schema import RunConfig
 from sft_dist.state import TrainState
@@ -177,7 +178,8 @@ class Plan:
         is_same_batch = not resume.is_fresh and "batch-change" not in resume.allow
         saved = _saved_identity(run_dir / "checkpoints", resume.from_step) if is_same_batch else {}
         documents_per_row = (mixture or shards.manifest).documents_per_row
-        batch = derive_batch(config.train, topology.world_size, documents_per_row, saved.get("global_batch_rows"))
+        derive = even_batch if is_auto else derive_batch
+        batch = derive(config.train, topology.world_size, documents_per_row, saved.get("global_batch_rows"))
         rows = total_rows(config.train, batch, shards.num_rows)
         zero = zero_config(config.zero)
         _check_early_stopping(config, folders)
@@ -304,6 +306,8 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     held = lock(plan.run_dir) if plan.topology.is_main else None
     model, made = parts.model(plan)
     checkpoints = parts.checkpoints(plan, parts.identity(plan, made))
+    if not plan.resume.is_fresh and plan.topology.is_main:
+        read_lines(plan.run_dir / "metrics.jsonl")
     if not plan.resume.is_fresh:
         checkpoints.check(plan.resume.from_step)
     size = parts.checkpoint_bytes(model)
@@ -315,6 +319,7 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     comms, device = parts.comms(plan)
     checkpoints.join(comms)
     plan = replace(plan, life=comms.broadcast(plan.life))  # under a plain torchrun each rank made up its own
+    plan = fit.alike(plan, comms)
     if plan.topology.is_main:
         if plan.resume.is_fresh:
             set_aside(plan.run_dir)
@@ -384,7 +389,7 @@ def _train(
         fit.dry_step(plan, engine, parts.full_micro_batch(plan, device))
     beat("restore")
     state, resumed_from = parts.resume(plan, checkpoints, engine)
-    total = plan.steps(state)
+    resumed, total = state, plan.steps(state)
     beat("write a sample")
     speed = rehearse(checkpoints, engine.fragments)
     metrics, say = parts.metrics(plan, state, total)
@@ -420,6 +425,7 @@ def _train(
                 budget=budget,
                 early_stopping=parts.early_stopping(plan),
                 is_measured=state.step < total or parts.has_measured(plan, state, evaluator),
+                owes_evaluation=state.step < total and parts.owes_evaluation(plan, state, checkpoints.comms),
                 stragglers=Stragglers(nodes) if nodes else None,
                 epochs_of_sets=plan.mixture.epochs if plan.mixture and len(plan.mixture.names) > 1 else None,
                 bad_steps=parts.bad_steps(plan),
@@ -428,7 +434,7 @@ def _train(
             if reason != "diverged":
                 return reason, state, total
             beat("restore")
-            state = parts.roll_back(plan, checkpoints, engine, state)
+            state = parts.roll_back(plan, checkpoints, engine, state, resumed)
             total = plan.steps(state)
             metrics.close()
             metrics, _ = parts.metrics(plan, state, total, is_going_back=True)
@@ -477,6 +483,7 @@ _RUN_FILES = (
 def set_aside(run_dir: Path) -> Path | None:
     """Move what an earlier run left in `run_dir` to `run_dir/previous-N`; None when there was nothing."""
     found = [run_dir / name for name in _RUN_FILES if (run_dir / name).exists()]
+    found += sorted(run_dir.glob("metrics.jsonl.*"))
     if not found:
         return None
     number = 1

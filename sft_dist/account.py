@@ -60,9 +60,13 @@ def bad_step(step: int, begin: int, num_rows: int, loss: float, applied: Applied
 
 
 def judged(state: TrainState, measured: Mapping[str, float], early_stopping: EarlyStopping | None) -> TrainState:
-    """The state with what an evaluation gave: the loss is its score, or what early stopping looks at."""
-    if early_stopping is None:
-        return replace(state, evaluated=(state.step, measured["validation_loss"])) if measured else state
-    value = measured[early_stopping.metric]
-    best = early_stopping.judge(state.best, state.step, value)
-    return replace(state, evaluated=(state.step, early_stopping.score(value)), best=best)
+    """The state with what an evaluation gave: the loss is its score, or what early stopping looks at.
+
+    What is not judged, before its warm-up is over, or is no number, is no score: the best checkpoint is one of those judged.
+    """
+    value = measured.get(early_stopping.metric if early_stopping else "validation_loss", math.nan)
+    best = early_stopping.judge(state.best, state.step, value) if early_stopping else state.best
+    if not math.isfinite(value) or (early_stopping and state.step < early_stopping.warmup_steps):
+        return replace(state, best=best)
+    score = early_stopping.score(value) if early_stopping else value
+    return replace(state, evaluated=(state.step, score), best=best)

@@ -53,6 +53,25 @@ def derive_batch(
     return Batch(rows, config.micro_batch_rows, rows // unit, world_size)
 
 
+def even_batch(
+    config: TrainConfig, world_size: int, documents_per_row: float, resumed_rows: int | None = None
+) -> Batch:
+    """The same for a micro-batch that is still to be chosen, one row so far: a batch in samples gets rows that divide well.
+
+    It moves by a sixteenth at most, as it would for a micro-batch of that size.
+
+    >>> train = TrainConfig(global_batch_samples=760, micro_batch_rows=1, epochs=1)
+    >>> derive_batch(train, 1, documents_per_row=10.0).global_batch_rows, even_batch(train, 1, 10.0).global_batch_rows
+    (76, 80)
+    """
+    batch = derive_batch(config, world_size, documents_per_row, resumed_rows)
+    if config.global_batch_samples is None or resumed_rows is not None:
+        return batch
+    unit = 1 << max(0, (batch.accumulation_steps // 8).bit_length() - 1)
+    rounded = derive_batch(config.model_copy(update={"micro_batch_rows": unit}), world_size, documents_per_row)
+    return Batch(rounded.global_batch_rows, 1, rounded.global_batch_rows // world_size, world_size)
+
+
 def total_rows(config: TrainConfig, batch: Batch, num_rows: int) -> int:
     """Rows that the whole run feeds: one continuous stream over the epochs, cut by `max_steps`.
 

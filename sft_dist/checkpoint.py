@@ -170,7 +170,7 @@ class Checkpoints:
                     shutil.rmtree(partial, ignore_errors=True)
             failure = self._aside.broadcast(failure)
         seconds, num_bytes = time.perf_counter() - started, self._aside.sum([self.snapshot.num_bytes])[0]
-        if self._is_main and failure is None and (stuck := self.attempt(self._prune, final)[1]):
+        if self._is_main and failure is None and (stuck := self.attempt(self._prune, final, state)[1]):
             _log.warning("%s: an old checkpoint could not be removed; the new one is whole", stuck)
         return Saved(state.step, final, num_bytes, stall, seconds, failure)
 
@@ -216,10 +216,12 @@ class Checkpoints:
         if why := self.attempt(_point, self.folder / "latest", final.name)[1]:
             _log.warning("%s: `latest` still names an older checkpoint; the new one is whole and found without it", why)
 
-    def _prune(self, newest: Path) -> None:
+    def _prune(self, newest: Path, state: TrainState) -> None:
         """Remove what the retention does not keep; what has a higher step is damaged, or resume had used it."""
         there = {step_of(path): path for path in list_folders(self.folder) if step_of(path) <= step_of(newest)}
         kept = self.retention.kept({step: score_at(path) for step, path in there.items()})
+        if state.streak is not None:  # the one that a roll-back would go to
+            kept |= {max((step for step in there if step < state.streak.first_step), default=state.step)}
         for step in sorted(there.keys() - kept):
             _remove(there[step])
 

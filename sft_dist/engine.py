@@ -83,6 +83,8 @@ class Engine:
         self._ledger_keys: torch.Tensor | None = None
         self._forward = Stopwatch(device)
         self.deepspeed = _initialize(model, self.adam, deepspeed_config(zero, config, batch))
+        if config.precision == "fp16":  # else a gradient that stays bad ends in an exception of DeepSpeed's own
+            self.deepspeed.optimizer.loss_scaler.raise_error_at_min_scale = False
 
     def learn(
         self,
@@ -120,8 +122,9 @@ class Engine:
             losses[len(rows)] = loss.detach()
             rows.append(micro_batch.rows)
         loss_sum = total(losses.sum().cpu())
+        scale = self.loss_scale["cur_scale"] if self.loss_scale else 0.0
         norm = self._step(learning_rate, norm_limit if math.isfinite(loss_sum) else -1.0)
-        is_overflow = self.config.precision == "fp16" and math.isfinite(loss_sum) and not math.isfinite(norm)
+        is_overflow = scale > 1.0 and math.isfinite(loss_sum) and not math.isfinite(norm)  # a lower scale may mend it
         is_applied = math.isfinite(loss_sum) and norm <= norm_limit and math.isfinite(norm)
         suspects = () if is_applied or is_overflow else _suspects(losses, rows, is_loss=not math.isfinite(loss_sum))
         return Applied(loss_sum, norm, fed, is_applied, is_overflow, suspects, set_sums, self._forward.take())

@@ -62,6 +62,7 @@ def gpu(name: str) -> Gpu:
     >>> gpu("h100-80gb").flops("bf16"), gpu("48gb").memory_bytes / GIB
     (989000000000000.0, 48.0)
     """
+    name = name.lower()
     if name in _TABLE:
         memory, *flops = _TABLE[name]
         return Gpu(name, memory * GIB, *flops)

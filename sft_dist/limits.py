@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from dataclasses import asdict, dataclass, replace
@@ -116,8 +117,8 @@ class EarlyStopping:
         return value if self.metric == "validation_loss" else -value
 
     def judge(self, best: Best | None, step: int, value: float) -> Best | None:
-        """What is the best after an evaluation at `step` gave `value`; None before the warm-up is over."""
-        if step < self.warmup_steps:
+        """What is the best after an evaluation at `step` gave `value`; None before the warm-up is over. No number is no improvement."""
+        if step < self.warmup_steps or (best is None and not math.isfinite(value)):
             return best
         if best is None or self.score(value) < self.score(best.value) - self.min_improvement:
             return Best(value, step)

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -115,7 +116,13 @@ def read_state(path: Path, manifest: Mapping[str, Any] | None = None) -> TrainSt
     """The training state of a checkpoint folder, checked. Raises CheckpointError."""
     manifest = manifest or read_manifest(path)
     try:
-        return TrainState.from_json(read_whole(path / "state.json", manifest["files"]["state.json"]))
+        text = read_whole(path / "state.json", manifest["files"]["state.json"])
+        if unknown := sorted(json.loads(text).keys() - {field.name for field in fields(TrainState)}):
+            raise OtherCheckpointError(
+                f"{path / 'state.json'}: holds {unknown[0]!r}, which this version of sft-dist does not know; continue with the "
+                "version that wrote it, or start over with --fresh (nothing is deleted)"
+            )
+        return TrainState.from_json(text)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path / 'state.json'}: {type(error).__name__}: {error}") from None
 

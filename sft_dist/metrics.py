@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import resource
 import sys
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
+
+from sft_dist.errors import DataError
 
 _log = logging.getLogger("sft_dist")
 
@@ -132,7 +135,10 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line cut by a crash is left out; no file is no records."""
+    """The records of a metrics file; a last line cut by a crash is left out; no file is no records.
+
+    Raises DataError for any other line that is none.
+    """
     try:
         lines = path.read_text().splitlines()
     except FileNotFoundError:
@@ -143,7 +149,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except ValueError:
             if number != len(lines) - 1:
-                raise
+                raise DataError(
+                    f"{path}: line {number + 1} is not JSON; mend or remove that line, or move the file away (the run goes on without)"
+                ) from None
+            _log.warning("%s: its last line was cut by a crash, and is left out", path)
     return records
 
 
@@ -303,9 +312,12 @@ class Metrics:
     sinks: tuple[Sink, ...] = ()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers of one step, to every sink; nothing for none (a run without validation data)."""
-        for sink in self.sinks if values else ():
-            sink.scalars(step, values)
+        """Numbers of one step, to every sink; nothing for none (a run without validation data). What is no number is told."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        for name in values.keys() - finite.keys() if self.sinks else ():
+            _log.warning("warning: step %d: %s is %s, and is left out", step, name, values[name])
+        for sink in self.sinks if finite else ():
+            sink.scalars(step, finite)
 
     def samples(self, step: int, answers: list[Mapping[str, str]]) -> None:
         """Sample answers, to every sink."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from sft_dist.errors import ConfigError
+from sft_dist.errors import ConfigError, ModelError
 from sft_dist.flops import flops_per_row, matmul_parameters
 from sft_dist.gpus import GIB, Gpu
 from sft_dist.memory import Parts, Size, Traced, parts, trace
@@ -46,8 +46,18 @@ class Model:
     def __post_init__(self) -> None:
         self.size = Size.of(self.meta)
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether it is a mixture of experts, of which each token sees a part only."""
+        return any(getattr(self.made, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+
     def parts(self, zero: Mapping[str, Any], *, world_size: int, rows: int, checkpointing: bool) -> Parts:
-        """The memory of a rank with micro-batches of `rows` rows."""
+        """The memory of a rank with micro-batches of `rows` rows. Raises ModelError for a mixture of experts."""
+        if self.has_experts:
+            raise ModelError(
+                f"model: {self.made.model_type} is a mixture of experts: what it takes depends on where its tokens are sent, and is not "
+                "planned. Give train.micro_batch_rows a number, and see"
+            )
         if checkpointing not in self._traced:
             names = {"seq_len": self.seq_len, "precision": self.precision, "checkpointing": checkpointing}
             one, two = (trace(self.config, self.made, rows=count, **names) for count in (1, 2))
@@ -83,22 +93,20 @@ class Choice:
     rows: int
     parts: Parts
     largest: int | None
+    stage: int = 0
+    is_offloaded: bool = False
 
     @property
     def rank(self) -> tuple[bool, bool, bool, int, int]:
         """Ascending from the fastest: offload waits for the bus, short micro-batches for the weights, recomputation costs a third
         more, and each ZeRO stage talks as much as the one before or more."""
         return (
-            "offload" in self.zero,
+            self.is_offloaded,
             (self.largest or 0) < 2,
             self.checkpointing,
-            _stage(self.zero),
+            self.stage,
             -(self.largest or 0),
         )
-
-
-def _stage(zero: str) -> int:
-    return next((int(letter) for letter in zero if letter.isdigit()), 9)
 
 
 def choices(
@@ -112,13 +120,16 @@ def choices(
 ) -> Iterator[Choice]:
     """Every DeepSpeed file with and without recomputation; `rows` of a micro-batch, None: the largest that fits, or one."""
     for name, zero in zeros.items():
-        if model.precision != "fp32" and zero.get("zero_optimization", {}).get("stage", 0) == 0:
+        section = zero.get("zero_optimization", {})
+        stage, is_offloaded = section.get("stage", 0), "offload_optimizer" in section or "offload_param" in section
+        if model.precision != "fp32" and stage == 0:
             continue  # refused: DeepSpeed's optimizer takes a wrong first step there
         for checkpointing in (False, True):
             common = {"world_size": world_size, "checkpointing": checkpointing}
             largest = model.largest(zero, gpu, rows_per_rank=rows_per_rank, **common) if gpu is not None else None
             used = rows or largest or 1
-            yield Choice(name, checkpointing, used, model.parts(zero, rows=used, **common), largest)
+            made = model.parts(zero, rows=used, **common)
+            yield Choice(name, checkpointing, used, made, largest, stage, is_offloaded)
 
 
 def require_fit(made: Parts, gpu: Gpu, what: str, advice: str) -> str | None:

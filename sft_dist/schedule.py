@@ -1,8 +1,9 @@
-"""The learning rate of a step: a pure function of the step, so that nothing has to be saved."""
+"""What a step brings: its learning rate, a pure function of the step, and what happens every so many steps."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 
@@ -28,3 +29,23 @@ def learning_rate(
     if schedule == "cosine":
         return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
     return peak
+
+
+@dataclass(frozen=True, slots=True)
+class Cadence:
+    """Every how many steps something happens; None: only at the start and the end, at `last_step`."""
+
+    last_step: int
+    log_steps: int = 1
+    evaluate_steps: int | None = None
+    checkpoint_steps: int | None = None
+    samples_steps: int | None = None
+
+    @staticmethod
+    def is_due(step: int, every: int | None) -> bool:
+        """Whether it happens at this step.
+
+        >>> Cadence.is_due(20, 10), Cadence.is_due(20, None)
+        (True, False)
+        """
+        return every is not None and step % every == 0

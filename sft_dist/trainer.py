@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from sft_dist.engine import Engine
 from sft_dist.evaluate import Evaluator
 from sft_dist.limits import EarlyStopping, Reason, StopRequest
 from sft_dist.metrics import Metrics
+from sft_dist.schedule import Cadence
 from sft_dist.spikes import BadStep, BadSteps
 from sft_dist.state import TrainState
 from sft_dist.stragglers import Stragglers
@@ -29,17 +30,6 @@ _log = logging.getLogger("sft_dist")
 
 class _AbandonedError(Exception):
     """An evaluation that all ranks agreed to leave, because one was asked to stop."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cadence:
-    """Every how many steps something happens; None: only at the start and the end, at `last_step`."""
-
-    last_step: int
-    log_steps: int = 1
-    evaluate_steps: int | None = None
-    checkpoint_steps: int | None = None
-    samples_steps: int | None = None
 
 
 def train(
@@ -58,6 +48,7 @@ def train(
     stragglers: Stragglers | None = None,
     epochs_of_sets: Callable[[int], Mapping[str, float]] | None = None,
     is_measured: bool = True,
+    owes_evaluation: bool = False,
     early_stopping: EarlyStopping | None = None,
     budget: Budget | None = None,
     bad_steps: BadSteps | None = None,
@@ -66,7 +57,8 @@ def train(
     """Feed `steps` to the engine from `state` on, until they end or any rank is asked to stop.
 
     `watchdog` is told of every phase, in which all ranks beat equally often; `stragglers` of the seconds that each rank computed. `epochs_of_sets`, of a mixture: rows consumed -> how often each set was gone through, by name, in the engine's order.
-    `is_measured`: False where `state` is that of the last step, and a life before was asked to stop while it measured that one.
+    `is_measured`: False where `state` is that of the last step, and a life before was asked to stop while it measured that one;
+    `owes_evaluation`: the same of one on the way.
     `bad_steps`: what is done about steps whose loss or gradient is no number; the main rank hears of each by `on_bad_step`.
     Returns why it ended and the state that is saved by then; that of "diverged" is not: its weights are to blame.
     """
@@ -100,7 +92,14 @@ def train(
             if told := stop.grace_warning():
                 _log.warning(told)
 
-    if state.step == 0:
+    def evaluated(state: TrainState) -> TrainState:
+        with contextlib.suppress(_AbandonedError), budget.measuring():  # the next step's vote will stop the run
+            return account.judged(state, evaluator.interim(state.step, logits_unless_stopped, metrics), early_stopping)
+        return state
+
+    if owes_evaluation:
+        state = evaluated(state)
+    if state.step == 0 and not comms.agree(budget.is_spent(stop.save_seconds)):
         with contextlib.suppress(_AbandonedError), budget.measuring():  # the first step's vote will stop the run
             evaluator.measure(0, logits_unless_stopped, metrics)
 
@@ -113,9 +112,8 @@ def train(
         # agree: one exchange carries the loss denominator, every rank's wish to stop, whether a save failed, and the budget
         beat("agree")
         mine = [step.num_targets, step.num_tokens, stop.is_wanted(), checkpoints.wants_retry]
-        is_spent = budget.is_spent(state.tokens, stop.save_seconds)
-        targets, tokens, wishes, retries, spent = comms.sum([*mine, is_spent])
-        if wishes or spent:
+        targets, tokens, wishes, retries, spent = comms.sum([*mine, budget.is_spent(stop.save_seconds)])
+        if wishes or spent or budget.exceeds(state.tokens + tokens):
             reason = "stopped" if wishes else "spent"
             break
 
@@ -158,7 +156,7 @@ def train(
         budget.stepped(state.step, seconds, state.tokens)
         for line in filter(None, (told, budget.told(cadence.last_step))):
             _log.warning(line)
-        if _is_due(state.step, cadence.log_steps) or is_bad:
+        if cadence.is_due(state.step, cadence.log_steps) or is_bad:
             epochs = epochs_of_sets(state.rows_consumed) if epochs_of_sets is not None else None
             values = account.numbers(
                 engine, applied, comms, loss=loss, seconds=seconds, targets=targets, tokens=tokens, epochs=epochs
@@ -172,16 +170,14 @@ def train(
 
         # keep
         is_last = state.step >= cadence.last_step and early_stopping is None  # else it is measured as it is saved
-        if _is_due(state.step, cadence.evaluate_steps) and not is_last:
-            with contextlib.suppress(_AbandonedError), budget.measuring():  # the next step's vote will stop the run
-                measured = evaluator.interim(state.step, logits_unless_stopped, metrics)
-                state = account.judged(state, measured, early_stopping)
-        if _is_due(state.step, cadence.samples_steps) and state.step < cadence.last_step:
+        if cadence.is_due(state.step, cadence.evaluate_steps) and not is_last:
+            state = evaluated(state)
+        if cadence.is_due(state.step, cadence.samples_steps) and state.step < cadence.last_step:
             with contextlib.suppress(_AbandonedError), budget.measuring():
                 evaluator.answer(state.step, logits_unless_stopped, metrics)
         report(checkpoints.finished())
         is_best = state.best is not None and state.best.step == state.step
-        if (_is_due(state.step, cadence.checkpoint_steps) or retries or is_best) and state.streak is None:
+        if cadence.is_due(state.step, cadence.checkpoint_steps) or retries or is_best:
             beat("save")
             report(checkpoints.begin(engine.fragments, state, waiting))
 
@@ -200,7 +196,3 @@ def train(
     if state.step > checkpoints.saved_step:
         report(checkpoints.save(engine.fragments, state, waiting))
     return reason, state
-
-
-def _is_due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0

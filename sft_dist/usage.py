@@ -33,7 +33,9 @@ class Journal:
         self.path, self.life, self.gpus, self.began = path, life, gpus, began
         lines = read_usage(path)
         self.before = gpu_seconds([line for line in lines if (line["life"], line["began"]) != (life, began)])
-        self.measure_seconds = max((line.get("measure_seconds", 0.0) for line in lines), default=0.0)
+        self.measure_seconds, self.step_seconds = (  # the longest of all lives
+            max((line.get(name, 0.0) for line in lines), default=0.0) for name in ("measure_seconds", "step_seconds")
+        )
         self._may_be_cut = True
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._beats, name="usage", daemon=True)
@@ -64,6 +66,7 @@ class Journal:
         """Add a line; a full disk costs no run, and the next line that can be written tells all of this life."""
         line = {"life": self.life, "began": self.began, "at": time.time(), "gpus": self.gpus}
         line |= {"measure_seconds": self.measure_seconds} if self.measure_seconds else {}
+        line |= {"step_seconds": self.step_seconds} if self.step_seconds else {}
         try:
             with self.path.open("a") as file:  # a line that a crash or a full disk has cut is ended first
                 file.write("\n" * self._may_be_cut + json.dumps(line) + "\n")
@@ -114,7 +117,6 @@ class Budget:
     journal: Journal | None = None
     cause: str | None = None
     clock: Callable[[], float] = time.time
-    _longest_step: float = 0.0
     _steps: list[tuple[int, float, int]] = field(
         default_factory=list
     )  # (step, time, tokens): the first and the last one
@@ -122,7 +124,8 @@ class Budget:
 
     def stepped(self, step: int, seconds: float, tokens: int) -> None:
         """After a step: `tokens` are those of the whole run."""
-        self._longest_step = max(self._longest_step, seconds)
+        if self.journal is not None:
+            self.journal.step_seconds = max(self.journal.step_seconds, seconds)
         self._steps = [*self._steps[:1], (step, self.clock(), tokens)]
 
     @property
@@ -141,13 +144,18 @@ class Budget:
         if self.journal is not None:
             self.journal.measure_seconds = max(self.journal.measure_seconds, time.perf_counter() - began)
 
-    def is_spent(self, tokens: int, save_seconds: float) -> bool:
-        """Whether one more step, two saves and the last evaluation would be too much; `cause` then tells what of."""
-        if self.max_tokens is not None and tokens >= self.max_tokens:
-            self.cause = f"{tokens:,} tokens of budget.max_tokens {self.max_tokens:,}"
+    def exceeds(self, tokens: int) -> bool:
+        """Whether so many tokens, with those of the coming step, are too many; the same on every rank."""
+        if self.max_tokens is None or tokens <= self.max_tokens:
+            return False
+        self.cause = f"the next step would make {tokens:,} tokens of budget.max_tokens {self.max_tokens:,}"
+        return True
+
+    def is_spent(self, save_seconds: float) -> bool:
+        """Whether one more step, two saves and the last evaluation would take too long; `cause` then tells what of."""
         if self.journal is None:
-            return self.cause is not None
-        needed = self._longest_step + 2 * save_seconds + self.journal.measure_seconds
+            return False
+        needed = self.journal.step_seconds + 2 * save_seconds + self.journal.measure_seconds
         used = self.journal.gpu_seconds()
         if self.gpu_seconds is not None and used + needed * self.journal.gpus > self.gpu_seconds:
             self.cause = f"{self._hours(used)} of {self._hours(self.gpu_seconds)} used, and a step and the end take {needed:.0f} s"

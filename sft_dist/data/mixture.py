@@ -8,7 +8,7 @@ draw of a set is the k-th row of the set's own stream, so that each of its epoch
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -54,10 +54,13 @@ class Joined:
         # ascending numbers, the fast case, need no second copy
         return together if (order[1:] > order[:-1]).all() else together.take(np.argsort(order))
 
-    def origins(self, row: int) -> list[str]:
-        """`file:record` of each document of a row; nothing where it is not known."""
-        number = int(self.set_of(np.array([row]))[0])
-        return self.sets[number].origins(row - int(self.starts[number]))
+    def origins(self, rows: Iterable[int]) -> dict[int, list[str]]:
+        """`file:record` of each document of these rows; nothing where it is not known. Raises as `Shards.origins` does."""
+        made = {}
+        for chosen, one, start in self._parts(numbers := np.array(list(rows), np.int64)):
+            found = one.origins((numbers[chosen] - start).tolist())
+            made |= {row + int(start): records for row, records in found.items()}
+        return made
 
     def counts(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(tokens without padding, target tokens) of each of these rows, int64 [n]."""

@@ -349,15 +349,24 @@ class Shards:
         shards = range(-(-self.num_rows // self.manifest.rows_per_shard))
         return np.concatenate([np.bitwise_count(self._map(n)["starts"]).sum(axis=1, dtype=np.int64) for n in shards])
 
-    def origins(self, row: int) -> list[str]:
-        """`file:record` of each document of a row; nothing where the shards were written without."""
-        shard, place = divmod(row, self.manifest.rows_per_shard)
-        found = origins.read(self.folder, shard, self.manifest.files)
-        if found is None:
-            return []
-        ends = np.bitwise_count(self._map(shard)["starts"][: place + 1]).sum(axis=1, dtype=np.int64).cumsum()
-        first, last = (ends[place - 1] if place else 0), ends[place]
-        return [f"{found[0][source]}{number}" for source, number in found[1][first:last].tolist()]
+    def origins(self, rows: Iterable[int]) -> dict[int, list[str]]:
+        """`file:record` of each document of these rows; nothing where the shards were written without.
+
+        Raises DataError, or OSError, where they cannot be read.
+        """
+        made, of_shard = {}, {}
+        for row in rows:
+            of_shard.setdefault(row // self.manifest.rows_per_shard, []).append(row)
+        for shard, mine in of_shard.items():
+            if (found := origins.read(self.folder, shard, self.manifest.files)) is None:
+                continue
+            names, documents = found
+            ends = np.bitwise_count(self._map(shard)["starts"]).sum(axis=1, dtype=np.int64).cumsum()
+            for row in mine:
+                place = row % self.manifest.rows_per_shard
+                first, last = (ends[place - 1] if place else 0), ends[place]
+                made[row] = [f"{names[source]}{number}" for source, number in documents[first:last].tolist()]
+        return made
 
     def sources(self) -> tuple[list[str], np.ndarray]:
         """The files that the documents came from, and which one each is of: int64 [documents]; none where it is not known."""

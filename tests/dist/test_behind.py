@@ -14,7 +14,7 @@ from sft_dist.checkpoint import Checkpoints
 from sft_dist.manifest import verify
 from sft_dist.retention import Retention
 from sft_dist.state import TrainState
-from sft_dist.trainer import Cadence
+from sft_dist.schedule import Cadence
 from tests.dist import tiny
 from tests.dist.test_trainer import loop
 from tests.workers import RankError, run_workers

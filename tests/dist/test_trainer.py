@@ -17,7 +17,8 @@ from sft_dist.retention import Retention
 from sft_dist.spikes import BadSteps, Streak
 from sft_dist.state import TrainState
 from sft_dist.stragglers import Stragglers
-from sft_dist.trainer import Cadence, train
+from sft_dist.schedule import Cadence
+from sft_dist.trainer import train
 from tests.dist import tiny
 from tests.workers import RankError, run_workers
 
@@ -69,17 +70,19 @@ def steps(topology, count):
     return made
 
 
-def loop(topology, folder, count=6, asked_times=None, poison=(), cadence=None, slow_rank=None, bad_steps=None, stage=2, precision="fp32"):
+def loop(topology, folder, count=6, asked_times=None, poison=(), cadence=None, slow_rank=None, bad_steps=None, stage=2, precision="fp32", scale=None, keep=3):
     made, comms = tiny.engine(topology, stage, micro_batch_rows=1, precision=precision)
     if topology.rank == slow_rank:
         forward = made._loss_sum
         made._loss_sum = lambda *batch: time.sleep(0.06) or forward(*batch)
     if poison and topology.rank == 1:
         plant(made, poison)
+    if scale is not None:
+        made.deepspeed.optimizer.loss_scaler.cur_scale = scale
     bad = []
     kept = Kept()
     stop = WantsToStop(asked_times) if asked_times is not None and topology.rank == 1 else StopRequest()
-    checkpoints = Checkpoints(folder, identity={}, attachments={}, retention=Retention(3), stage=2, comms=comms)
+    checkpoints = Checkpoints(folder, identity={}, attachments={}, retention=Retention(keep), stage=2, comms=comms)
     reason, state = train(
         steps=steps(topology, count),
         engine=made,
@@ -330,9 +333,19 @@ def test_an_unusual_gradient_norm_is_bad_where_that_is_asked_for(tmp_path):
 def test_so_many_in_a_row_end_the_loop_and_are_not_saved(tmp_path):
     poison = {4 * step: (NAN, False) for step in (2, 3, 4)}
     cadence = Cadence(6, checkpoint_steps=1)
-    for reason, state, _, saved, *_ in run_workers(loop, 2, tmp_path, 6, poison=poison, cadence=cadence):
+    for reason, state, _, saved, *_ in run_workers(loop, 2, tmp_path, 6, poison=poison, cadence=cadence, keep=2):
         assert (reason, state.step, state.streak) == ("diverged", 5, Streak(3, 16, steps=3))
-        assert saved == ["step-00000001", "step-00000002"]
+        # the last two, and the one before the streak, which retention alone would have removed
+        assert saved == ["step-00000002", "step-00000003", "step-00000004"]
+
+
+def test_fp16_at_its_lowest_scale_is_bad_like_any_other(tmp_path):
+    """Before, DeepSpeed ended in an exception of its own; above the lowest scale it is an overflow, which mends itself."""
+    poison = {4 * step + at: (INF, True) for step in (0, 1, 2) for at in range(4)}
+    for scale, bad_steps in ((1.0, 3), (2.0**16, 0)):
+        more = {"poison": poison, "precision": "fp16", "scale": scale, "bad_steps": BadSteps(roll_back_after=None)}
+        for reason, state, *_ in run_workers(loop, 2, tmp_path / str(bad_steps), 4, **more):
+            assert (reason, state.step, state.not_applied) == ("completed", 4, bad_steps)
 
 
 def hang(topology):

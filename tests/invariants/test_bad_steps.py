@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ class OnceBack(StopRequest):
         return self.cause is not None
 
 
-def run(topology, path, overrides, poisoned=(), skip_rows=0, stops_once_back=False):
+def run(topology, path, overrides, poisoned=(), skip_rows=0, stops_once_back=False, resume=None):
     import os
 
     import torch
@@ -46,7 +47,7 @@ def run(topology, path, overrides, poisoned=(), skip_rows=0, stops_once_back=Fal
     torch.set_num_threads(1)
     os.environ["WORLD_SIZE"] = str(topology.world_size)
     config = load(path, overrides)
-    plan = train.Plan.of(config, topology, Life("test"), train.Resume(skip_rows=skip_rows))
+    plan = train.Plan.of(config, topology, Life("test"), train.Resume(**(resume or {"skip_rows": skip_rows})))
     forward = Engine._loss_sum
 
     def poison(engine, micro_batch, *rest):
@@ -100,7 +101,10 @@ def test_the_run_goes_back_and_past_the_rows(task, expected, tmp_path):
     shards = Shards.open(task.parent / "shards/train")
     for line in listed:
         assert len(line["rows"]) == 8
-        assert all(row["records"] == shards.origins(row["row"]) != [] for row in line["rows"])
+        assert {row["row"]: row["records"] for row in line["rows"]} == shards.origins(
+            [row["row"] for row in line["rows"]]
+        )
+        assert all(row["records"] for row in line["rows"])
     name, _, number = listed[0]["rows"][0]["records"][0].rpartition(":")
     assert name.endswith("messages")
     assert 1 <= int(number) <= 260
@@ -139,6 +143,78 @@ def test_a_single_one_is_passed_over(task, tmp_path):
 def test_without_a_way_back_it_ends_and_says_so(task, tmp_path, poisoned, overrides, why):
     where = (f"run_dir={tmp_path / 'run'}", *PLAIN, *overrides)
     with pytest.raises(
-        RankError, match=rf"DivergedError: steps \d to \d could not be applied, {why}.*lower train.learning_rate"
+        RankError, match=rf"DivergedError: steps \d to \d could not be applied, {why}.*Lower train.learning_rate"
     ):
         run_workers(run, 2, task, where, poisoned=poisoned)
+
+
+def resumed(topology, path, overrides, poisoned, **resume):
+    """One rank that goes on in another way than before."""
+    return run(topology, path, overrides, poisoned, resume=resume)
+
+
+def test_a_second_roll_back_remembers_the_first(task, tmp_path):
+    """Six bad steps in a row: back to step 6, past three; then to step 4, past all six."""
+    where = (
+        f"run_dir={tmp_path / 'run'}",
+        *PLAIN,
+        "checkpoint.every_steps=2",
+        "checkpoint.keep_last=4",
+        "train.max_steps=14",
+    )
+    run_workers(run, 2, task, where, poisoned=range(48, 96))
+    state = json.loads((tmp_path / "run/checkpoints/latest/state.json").read_text())
+    assert (state["roll_backs"], state["rolled_to"]) == (2, 4)
+    assert state["skipped"] == [[48, 72], [72, 96]]
+    assert [note.split(";")[0] for note in state["notes"]] == [
+        "step 9: rolled back to step 6",
+        "step 9: rolled back to step 4",
+    ]
+    assert (state["step"], state["rows_consumed"], state["adam_step"]) == (8, 112, 8)
+    assert verify_run(tmp_path / "run").is_right
+
+
+@pytest.mark.parametrize("change", [{"skip_rows": 8}, {"resets_data": True}, {"allow": ("seed-change",)}])
+def test_a_roll_back_keeps_what_was_changed_on_purpose(task, tmp_path, change):
+    """Changed at step 6, and bad at once: the checkpoint of step 6 stands for what this life began with."""
+    where = (f"run_dir={tmp_path / 'run'}", *PLAIN)
+    run_workers(run, 2, task, (*where, "train.max_steps=6"))
+    begin = {"skip_rows": 56, "resets_data": 0}.get(next(iter(change)), 48)
+    seed = ("train.seed=1",) if "allow" in change else ()
+    run_workers(resumed, 2, task, (*where, *seed), range(begin, begin + 24), **change)
+    state = json.loads((tmp_path / "run/checkpoints/latest/state.json").read_text())
+    assert (state["roll_backs"], state["rolled_to"]) == (1, 6)
+    by_hand = [[48, 56]] if "skip_rows" in change else []
+    assert [list(each) for each in state["skipped"]] == [*by_hand, [begin, begin + 24]]
+    assert len(state["notes"]) == 2
+    assert verify_run(tmp_path / "run").is_right
+
+
+def test_a_stop_within_a_streak_keeps_the_way_back(task, expected, tmp_path):
+    where = (f"run_dir={tmp_path / 'run'}", *PLAIN, "checkpoint.keep_last=1")
+    run_workers(run, 2, task, (*where, "train.max_steps=8"), poisoned=POISONED)  # ends after two of three
+    state = json.loads((tmp_path / "run/checkpoints/latest/state.json").read_text())
+    assert (state["step"], state["streak"]["steps"]) == (8, 2)
+    run_workers(run, 2, task, where, poisoned=POISONED)
+    state = json.loads((tmp_path / "run/checkpoints/latest/state.json").read_text())
+    by_hand = json.loads((expected / "checkpoints/latest/state.json").read_text())
+    assert state["ledger"] == by_hand["ledger"]
+    assert state["rolled_to"] == 4
+
+
+def test_rows_whose_records_cannot_be_read_end_no_run(task, tmp_path):
+    shutil.copytree(task.parent / "shards", tmp_path / "shards")
+    where = (f"run_dir={tmp_path / 'run'}", f"prepare.out={tmp_path / 'shards'}", *PLAIN)
+    run_workers(unnamed, 2, task, where)
+    [line] = [json.loads(line) for line in (tmp_path / "run/bad_rows.jsonl").read_text().splitlines()]
+    assert [row["records"] for row in line["rows"]] == [[]] * 4
+
+
+def unnamed(topology, path, overrides):
+    from sft_dist.data.shards import Shards
+
+    def fails(self, rows):
+        raise FileNotFoundError(2, "No such file or directory", "00000.origins")
+
+    Shards.origins = fails
+    return run(topology, path, overrides, range(50, 51))

@@ -109,7 +109,10 @@ class Job:
 
     def is_undisturbed(self, *, bit_for_bit: bool = True) -> None:
         if bit_for_bit:
-            mine, theirs = (runs.tensors(list_folders(folder / "checkpoints")[-1]) for folder in (self.run_dir, self.task / "undisturbed"))
+            mine, theirs = (
+                runs.tensors(list_folders(folder / "checkpoints")[-1])
+                for folder in (self.run_dir, self.task / "undisturbed")
+            )
             assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
         else:
             self.is_like("undisturbed")
@@ -117,7 +120,9 @@ class Job:
 
     def is_like(self, name: str) -> None:
         """Its weights are those of that run, but for the order in which sums were rounded."""
-        mine, theirs = (runs.tensors(list_folders(folder / "checkpoints")[-1]) for folder in (self.run_dir, self.task / name))
+        mine, theirs = (
+            runs.tensors(list_folders(folder / "checkpoints")[-1]) for folder in (self.run_dir, self.task / name)
+        )
         weights = [key for key in theirs if key.startswith("master/")]
         assert max((mine[key] - theirs[key]).abs().max().item() for key in weights) < 1e-3
 

@@ -4,7 +4,7 @@ import signal
 import pytest
 
 from sft_dist import limits
-from sft_dist.limits import MARGIN_SECONDS, StopRequest, Verdict
+from sft_dist.limits import MARGIN_SECONDS, Best, EarlyStopping, StopRequest, Verdict
 
 
 def test_a_signal_sets_a_flag_and_nothing_else():
@@ -87,3 +87,10 @@ def test_a_grace_period_that_is_too_short_is_told_once(clock):
 def test_a_verdict_names_nodes_on_one_line_for_a_shell(tmp_path):
     path = Verdict("1-0", "unhealthy", -1, "n3 differs", 75, "n3,n4").write(tmp_path)
     assert '"bad_nodes": "n3,n4"' in path.read_text()
+
+
+def test_no_number_is_no_improvement_and_never_the_best():
+    early = EarlyStopping("validation_loss", patience=2)
+    assert early.judge(None, 1, float("nan")) is None
+    best = early.judge(None, 2, 1.0)
+    assert early.judge(best, 3, float("nan")) == Best(1.0, 2, since=1)

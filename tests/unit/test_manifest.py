@@ -145,5 +145,7 @@ def test_a_state_of_other_keys_is_told(run):
         manifest["files"]["state.json"] = {"bytes": 12, "blocks": [digest_of_block(b'{"steps": 2}')]}
 
     resealed(path, change)
-    with pytest.raises(CheckpointError, match=r"state\.json: TypeError: .*unexpected keyword argument 'steps'"):
+    with pytest.raises(
+        CheckpointError, match=r"state\.json: holds 'steps', which this version of sft-dist does not know"
+    ):
         read_state(path)

@@ -6,6 +6,7 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sft_dist.errors import DataError
 from sft_dist.metrics import (
     TAGS,
     Console,
@@ -74,10 +75,10 @@ def test_a_last_line_cut_by_a_crash_is_left_out_and_written_again(tmp_path, cut)
 def test_a_damaged_line_in_the_middle_is_no_crash_and_raises(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    with pytest.raises(ValueError, match="line 1 column"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl: line 2 is not JSON; mend or remove that line"):
         read_lines(path)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="line 1 column"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl: line 2 is not JSON; mend or remove that line"):
         JsonLines(path, resume_step=3)
     assert path.read_bytes() == before
 
@@ -370,3 +371,20 @@ def test_the_loss_curve_is_drawn_with_plain_characters():
 )
 def test_a_curve_of_little_is_drawn_too(records):
     assert "\x1b" not in loss_curve(records)
+
+
+def test_a_last_line_that_a_crash_has_cut_is_said_and_left_out(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_lines(path) == [{"step": 1}]
+    assert "its last line was cut by a crash, and is left out" in caplog.text
+
+
+def test_what_is_no_number_is_said_and_left_out(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics((JsonLines(path, resume_step=0),))
+    metrics.scalars(3, {"loss": 1.5, "validation_loss": float("nan")})
+    metrics.scalars(4, {"validation_loss": float("inf")})
+    metrics.close()
+    assert read_lines(path) == [{"step": 3, "loss": 1.5}]
+    assert "warning: step 3: validation_loss is nan, and is left out" in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import yaml
 
 from launch import fit, plan
 from launch.train import Plan, Resume, run_plan
+from sft_dist import memory
 from sft_dist.config import load
 from sft_dist.errors import ConfigError
 from sft_dist.flops import matmul_parameters
@@ -38,10 +40,10 @@ def planned(run, *overrides, world_size=2, card=None, **more):
     )
 
 
-def told(run, *arguments):
+def told(run, *arguments, ok=True):
     result = sft_dist("plan", run, *arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+    assert (result.exit_code == 0) == ok, result.output
+    return result.output
 
 
 def test_the_plan_of_a_run(run):
@@ -212,6 +214,45 @@ def test_advice_names_the_nearest_change_first():
     assert advice([], "x", False).startswith("Nothing that is shipped fits")
     with pytest.raises(ConfigError, match=r"x: 10\.0 GiB are needed on a GPU of 8\.0 GiB \(weights 10\.0\)\. Do"):
         require_fit(Parts(weights=10 * GIB), gpu("8gb"), "x", "Do")
+
+
+def test_what_a_file_says_counts_and_not_its_name(run, tmp_path):
+    from pathlib import Path
+
+    shutil.copy(Path(fit.__file__).parents[1] / "ds_configs" / "zero3_offload.json", tmp_path / "mine0.json")
+    made = planned(run, f"zero={tmp_path / 'mine0.json'}")
+    own = [choice for choice in fit.all_choices(made, fit.model_of(made), gpu("80gb")) if "mine0" in choice.zero]
+    assert [(choice.stage, choice.is_offloaded) for choice in own] == [(3, True)] * 2
+
+
+def test_a_second_bucket_is_counted_where_reductions_overlap(run, tmp_path):
+    totals = []
+    for overlaps in (False, True):
+        section = {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": overlaps}
+        (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": section}))
+        made = planned(run, f"zero={tmp_path / 'zero.json'}")
+        kept = fit.model_of(made)
+        totals.append(memory._kept(kept.size, made.zero["zero_optimization"], 2, "fp32").bucket)
+    assert totals == [4000, 8000]
+
+
+def test_a_mixture_of_experts_gets_no_wrong_hours(run):
+    experts = {"model_type": "mixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+               "num_key_value_heads": 1, "num_local_experts": 4}  # fmt: skip
+    text = told(
+        run, "--gpu=80gb", "--like=nowhere", "--gpus-per-node=2", f"model.config={json.dumps(experts)}", ok=False
+    )
+    assert "nowhere: no run.yaml there" in text
+    text = told(run, "--gpu=H100-80GB", "--gpus-per-node=2", f"model.config={json.dumps(experts)}")
+    assert "time: not told of a mixture of experts" in text
+
+
+def test_ranks_that_settled_differently_take_the_smallest(run):
+    made = planned(run, *AUTO, card=gpu("80gb"))
+    alike = fit.alike(made, SimpleNamespace(gather=lambda rows: [rows, 2]))
+    assert (alike.batch.micro_batch_rows, alike.batch.accumulation_steps) == (2, 4)
+    assert alike.config.train.micro_batch_rows == 2
+    assert alike.batch.global_batch_rows == made.batch.global_batch_rows
 
 
 AUTO = ("train.micro_batch_rows=auto",)

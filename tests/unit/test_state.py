@@ -3,7 +3,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from sft_dist import account
 from sft_dist.ledger import Ledger
+from sft_dist.limits import Best, EarlyStopping
 from sft_dist.state import Past, TrainState
 
 
@@ -35,3 +37,15 @@ def test_what_was_left_on_purpose_is_kept(tmp_path):
 def test_a_state_that_is_none_is_an_error(text):
     with pytest.raises((ValueError, TypeError, AttributeError)):
         TrainState.from_json(text)
+
+
+def test_what_is_not_judged_is_no_score():
+    """Else retention and export would take an evaluation of the warm-up for the best."""
+    early = EarlyStopping("validation_loss", patience=2, warmup_steps=7)
+    state = account.judged(TrainState(step=6), {"validation_loss": 1.0}, early)
+    assert (state.score_here, state.best) == (None, None)
+    state = account.judged(replace(state, step=8), {"validation_loss": 2.0}, early)
+    assert (state.score_here, state.best) == (2.0, Best(2.0, 8))
+    state = account.judged(replace(state, step=9), {"validation_loss": float("nan")}, early)
+    assert (state.score_here, state.best) == (None, Best(2.0, 8, since=1))
+    assert account.judged(TrainState(step=9), {}, None).score_here is None

@@ -46,7 +46,7 @@ def test_what_is_read_is_what_was_written(tmp_path_factory, lengths, seq_len, ro
     tokens, targets = sum(len(d.ids) for d in everything), sum(d.num_targets for d in everything)
     assert shards.count(np.arange(len(rows))) == (tokens, targets) == (manifest.tokens, manifest.targets)
     assert shards.documents_per_row().tolist() == [len(row) for row in rows]
-    assert [shards.origins(number) for number in range(len(rows))] == [[d.where for d in row] for row in rows]
+    assert shards.origins(range(len(rows))) == {number: [d.where for d in row] for number, row in enumerate(rows)}
     names, of_documents = shards.sources()
     assert (names, of_documents.tolist()) == (["f"], [0] * len(everything))
 
@@ -59,7 +59,7 @@ def test_shards_that_do_not_know_their_origins_are_read(tmp_path):
     values["files"] = {name: entry for name, entry in values["files"].items() if name.endswith(".rows")}
     path.write_text(json.dumps({**values, "digest": digest_of(values)}))
     shards = Shards.open(folder, verify=True)
-    assert (shards.origins(0), shards.sources()[0]) == ([], [])
+    assert (shards.origins([0]), shards.sources()[0]) == ({}, [])
 
 
 def made(tmp_path):
@@ -124,9 +124,7 @@ def test_every_flipped_byte_is_found(tmp_path):
             is_rows = path.suffix == ".rows"
             told = f"{path.name}: {'row 0: ' if is_rows else ''}its bytes are not the ones that were written; prepare"
             with pytest.raises(DataError, match=told):
-                Shards.open(folder).stored(np.arange(2)) if is_rows else [
-                    Shards.open(folder).origins(row) for row in range(2)
-                ]
+                Shards.open(folder).stored(np.arange(2)) if is_rows else Shards.open(folder).origins([1, 0])
             content[place] ^= 1
         path.write_bytes(content)
     Shards.open(folder, verify=True)
