@@ -236,15 +236,15 @@ def test_a_second_bucket_is_counted_where_reductions_overlap(run, tmp_path):
     assert totals == [4000, 8000]
 
 
-def test_a_mixture_of_experts_gets_no_wrong_hours(run):
+def test_a_mixture_of_experts_is_not_planned_and_not_refused(run):
     experts = {"model_type": "mixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
                "num_key_value_heads": 1, "num_local_experts": 4}  # fmt: skip
-    text = told(
-        run, "--gpu=80gb", "--like=nowhere", "--gpus-per-node=2", f"model.config={json.dumps(experts)}", ok=False
-    )
-    assert "nowhere: no run.yaml there" in text
-    text = told(run, "--gpu=H100-80GB", "--gpus-per-node=2", f"model.config={json.dumps(experts)}")
-    assert "time: not told of a mixture of experts" in text
+    words = f"model.config={json.dumps(experts)}"
+    assert "is a mixture of experts: what it takes depends" in told(run, "--gpus-per-node=2", words, ok=False)
+    made = planned(run, words)
+    assert fit.refuse_what_cannot_fit(made, fit.model_of(made), gpu("0.1gb")) is None
+    submitted = sft_dist("submit", run, words, "--gpus-per-node=2", "--dry-run")
+    assert "memory: not planned of a mixture of experts" in submitted.output
 
 
 def test_ranks_that_settled_differently_take_the_smallest(run):
