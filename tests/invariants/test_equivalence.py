@@ -134,6 +134,23 @@ def test_a_step_of_3840_samples_is_the_same_however_it_is_split(go, task):
         assert distance(ours, expected, "exp_avg") <= (2e-6 if name == "accumulated" else 1e-6), name
 
 
+def test_an_evaluation_that_a_stop_left_is_made_up_for(go):
+    """Asked to stop while step 6 is evaluated, by the metrics of that step: its next life begins with it."""
+    more = ("evaluate.every_steps=3", "evaluate.samples=0", "train.micro_batch_rows=2")
+    whole = go("whole", 2, *more)
+    run_dir = go("left", 2, *more, stop_at=6)
+    measured = [line["step"] for line in runs.curve(run_dir) if "validation_loss" in line]
+    assert measured == [0, 3], "it was left"
+    go("left", 2, *more)
+
+    def held_out(folder: Path) -> list[tuple[int, float]]:
+        return [(line["step"], line["validation_loss"]) for line in runs.curve(folder) if "validation_loss" in line]
+
+    assert held_out(run_dir) == held_out(whole)
+    go("left", 2, *more)
+    assert held_out(run_dir) == held_out(whole), "and only then"
+
+
 def one_document_a_row(source: Path, target: Path) -> int:
     """The same documents, unpacked; returns the number of rows."""
     shutil.copytree(source, target)
