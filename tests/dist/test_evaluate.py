@@ -74,7 +74,7 @@ def witness(folder: Path) -> dict[str, float]:
     shards, sums = open_shards(folder, "validation"), {}
     for row in range(shards.num_rows):
         batch = shards.rows(np.array([row]))
-        for number, where in enumerate(shards.origins(row)):
+        for number, where in enumerate(shards.origins([row])[row]):
             chosen = batch.documents[0] == number
             ids, targets = torch.tensor(batch.tokens[0, chosen]), batch.targets[0, chosen]
             log_probs = oracle(ids[None], torch.arange(len(ids))[None])[0].double().log_softmax(-1)

@@ -138,6 +138,16 @@ def test_joined_sets_are_one_after_another(sets):
     assert mixture(sets).documents_per_row == pytest.approx(1.0)
 
 
+def test_the_records_of_joined_rows_are_those_of_their_sets(sets):
+    joined = Joined(sets)
+    rows = [int(joined.starts[2]), 0, int(joined.starts[1]) + 1]
+    assert joined.origins(rows) == {
+        rows[0]: sets[2].origins([0])[0],
+        0: sets[0].origins([0])[0],
+        rows[2]: sets[1].origins([1])[1],
+    }
+
+
 def test_the_identity_names_the_data_and_the_weight_of_every_set(sets):
     mine = mixture(sets).identity()
     assert mine == [[one.manifest.data, weight] for one, weight in zip(sets, (3.0, 1.0, 2.0), strict=True)]
