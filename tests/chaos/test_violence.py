@@ -140,8 +140,10 @@ def test_every_flipped_byte_of_shards_is_found_before_a_row_is_used(tmp_path):
 
 
 def read(folder):
-    """Every row, or what is said instead."""
+    """Every row, and where its documents are from; or what is said instead."""
     try:
-        return Shards.open(folder).stored(np.arange(60)).records.tobytes()
+        shards = Shards.open(folder)
+        shards.origins(range(60))
+        return shards.stored(np.arange(60)).records.tobytes()
     except DataError as error:
         return str(error)
