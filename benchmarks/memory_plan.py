@@ -10,20 +10,15 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pack import machine
 
-from sft_dist.model import build, model_config
-from sft_dist.plan import Model
-from sft_dist.schema import ModelConfig
-from sft_dist.zero import zero_config
+from tests.fake_engine import Case
 
 GPT2 = {"model_type": "gpt2", "n_head": 16}
 LLAMA = {
@@ -55,42 +50,24 @@ CASES = {
     "mistral-2b": (MISTRAL, 32_000, 4096, "3", "bf16", 64, 1, True),
     "mistral-2b fp32": (MISTRAL, 32_000, 1024, "2", "fp32", 8, 1, False),
 }
-NAMES = ("model", "vocab_size", "seq_len", "stage", "precision", "world_size", "rows", "checkpointing")
 
 
-def case(name: str, on_gpu: bool) -> dict[str, Any]:
+def case(name: str, on_gpu: bool) -> Case:
     """A case by name; on a GPU alone in the world."""
-    made = dict(zip(NAMES, CASES[name], strict=True))
-    return {**made, "world_size": 1} if on_gpu else made
+    made = Case(*CASES[name])
+    return replace(made, world_size=1) if on_gpu else made
 
 
-def predicted(
-    *,
-    model: dict[str, Any],
-    vocab_size: int,
-    seq_len: int,
-    stage: str,
-    precision: str,
-    world_size: int,
-    rows: int,
-    checkpointing: bool,
-) -> dict[str, float]:
+def predicted(about: Case) -> dict[str, float]:
     """Bytes of the GPU and of the host."""
-    config = ModelConfig(config=model)
-    made = model_config(config, vocab_size=vocab_size, seq_len=seq_len, eos_id=0)
-    with torch.device("meta"):
-        meta = build(config, made, seed=0, gradient_checkpointing=False)
-    of = Model(config, made, meta, seq_len, precision)
-    found = of.parts(
-        zero_config(f"ds_configs/zero{stage}.json"), world_size=world_size, rows=rows, checkpointing=checkpointing
-    )
-    return {"parameters": of.size.parameters, "device": found.total, "host": found.host}
+    found = about.foretold()
+    return {"device": found.total, "host": found.host}
 
 
-def measured(about: dict[str, Any], on_gpu: bool) -> dict[str, float]:
+def measured(about: Case, on_gpu: bool) -> dict[str, float]:
     """The same, by torch, in a process of its own."""
     module = "tests.gpu_engine" if on_gpu else "tests.fake_engine"
-    done = subprocess.run([sys.executable, "-m", module, json.dumps(about)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", module, json.dumps(asdict(about))], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{about}: {done.stderr[-2000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
@@ -106,7 +83,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES), metavar="CASE")
     options = parser.parse_args()
     if options.what == "predict":
-        foretold = {name: predicted(**case(name, options.on_gpu)) for name in options.only}
+        foretold = {name: predicted(case(name, options.on_gpu)) for name in options.only}
         options.predictions.write_text(json.dumps(foretold, indent=1) + "\n")
         return
     foretold = json.loads(options.predictions.read_text())
@@ -115,13 +92,14 @@ def main() -> None:
         f"{'case':24}{'stage':>10}{'ranks':>6}{'predicted GiB':>15}{'counted GiB':>13}{'error':>8}{'host GiB':>10}{'error':>8}"
     )
     for name in options.only:
-        about, seen = case(name, options.on_gpu), measured(case(name, options.on_gpu), options.on_gpu)
+        about = case(name, options.on_gpu)
+        seen = measured(about, options.on_gpu)
         told = foretold[name]
         errors = {key: told[key] / seen[key] - 1 for key in ("device", "host") if seen[key]}
-        results[name] = {**about, "predicted": told, "measured": seen, "error": errors}
+        results[name] = {**asdict(about), "predicted": told, "measured": seen, "error": errors}
         host = f"{seen['host'] / 2**30:>10.2f}{errors['host']:>+8.1%}" if seen["host"] else ""
         print(
-            f"{name:24}{about['stage']:>10}{about['world_size']:>6}{told['device'] / 2**30:>15.2f}{seen['device'] / 2**30:>13.2f}"
+            f"{name:24}{about.stage:>10}{about.world_size:>6}{told['device'] / 2**30:>15.2f}{seen['device'] / 2**30:>13.2f}"
             f"{errors['device']:>+8.1%}{host}",
             flush=True,
         )

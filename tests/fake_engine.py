@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ import sft_dist.engine
 from sft_dist.batch import derive_batch
 from sft_dist.engine import Engine
 from sft_dist.loss import log_probs_at
-from sft_dist.memory import DTYPES
+from sft_dist.memory import DTYPES, Parts
 from sft_dist.model import build, model_config
+from sft_dist.plan import Model
 from sft_dist.schema import ModelConfig, TrainConfig
 from sft_dist.topology import Topology
 from sft_dist.zero import zero_config
@@ -50,41 +52,72 @@ class MicroBatch:
         self.rows = range(rows)
 
 
-def measure(
-    *,
-    model: dict[str, Any],
-    vocab_size: int,
-    seq_len: int,
-    stage: str,
-    precision: str,
-    world_size: int,
-    rows: int,
-    checkpointing: bool,
-) -> dict[str, int]:
+@dataclass(frozen=True)
+class Case:
+    """A run whose memory is counted: a model from scratch, and what else its memory depends on; `rows` of a micro-batch."""
+
+    model: dict[str, Any]
+    vocab_size: int
+    seq_len: int
+    stage: str
+    precision: str
+    world_size: int
+    rows: int
+    checkpointing: bool
+
+    @property
+    def config(self) -> ModelConfig:
+        """As a run file has it."""
+        return ModelConfig(config=self.model)
+
+    @property
+    def train(self) -> TrainConfig:
+        """A step of two micro-batches."""
+        batch = 2 * self.rows * self.world_size
+        return TrainConfig(global_batch_rows=batch, micro_batch_rows=self.rows, max_steps=1, precision=self.precision)
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        """The DeepSpeed file."""
+        return zero_config(f"ds_configs/zero{self.stage}.json")
+
+    def made(self) -> Any:
+        """The model's configuration."""
+        return model_config(self.config, vocab_size=self.vocab_size, seq_len=self.seq_len, eos_id=0)
+
+    def engine(self, built: torch.nn.Module, topology: Topology, device: torch.device) -> Engine:
+        """The real one."""
+        return Engine(built, self.zero, self.train, derive_batch(self.train, self.world_size, 1.0), topology, device)
+
+    def foretold(self) -> Parts:
+        """What the plan says of it."""
+        made = self.made()
+        with torch.device("meta"):
+            meta = build(self.config, made, seed=0, gradient_checkpointing=False)
+        planned = Model(self.config, made, meta, self.seq_len, self.precision)
+        more = {"world_size": self.world_size, "rows": self.rows, "checkpointing": self.checkpointing}
+        return planned.parts(self.zero, **more)
+
+
+def measure(case: Case) -> dict[str, int]:
     """Peak bytes of one rank over two steps of two micro-batches, and of them those that offload keeps in host memory."""
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(case.world_size), DS_ACCELERATOR="cpu")
+    dist.init_process_group("fake", rank=0, world_size=case.world_size, store=FakeStore())
     _let_ranks_agree()
-    train = TrainConfig(
-        global_batch_rows=2 * rows * world_size, micro_batch_rows=rows, max_steps=1, precision=precision
-    )
-    config = ModelConfig(config=model)
-    made = model_config(config, vocab_size=vocab_size, seq_len=seq_len, eos_id=0)
-    tracker = MemTracker()
+    tracker, made = MemTracker(), case.made()
     with FakeTensorMode(), Values(), tracker:
-        built = build(config, made, seed=0, gradient_checkpointing=checkpointing, dtype=DTYPES[precision])
+        dtype = DTYPES[case.precision]
+        built = build(case.config, made, seed=0, gradient_checkpointing=case.checkpointing, dtype=dtype)
         torch.nn.Module._apply = lambda self, fn, recurse=True: self  # it is where it is to be, and as it is to be
-        batch = derive_batch(train, world_size, 1.0)
-        zero, topology = zero_config(f"ds_configs/zero{stage}.json"), Topology(world_size=world_size)
-        engine = Engine(built, zero, train, batch, topology, torch.device("cpu"))
+        engine = case.engine(built, Topology(world_size=case.world_size), torch.device("cpu"))
 
         def each_anew() -> bool:
             return bool(tracker.reset_mod_stats())  # by module, which it keeps of one forward pass only
 
         for _ in range(2):
-            batches = [MicroBatch(rows, seq_len) for _ in range(2)]
+            batches = [MicroBatch(case.rows, case.seq_len) for _ in range(2)]
             engine.learn(batches, denominator=1, learning_rate=1e-3, total=lambda loss: 1.0, should_abandon=each_anew)
-        host = _host_bytes(engine, stage)
+        host = _host_bytes(engine, case.stage)
         peak = tracker.get_tracker_snapshot("peak")
     bytes_ = next(value["Total"] for device, value in peak.items() if device.type == "cpu")
     return {"peak": bytes_, "host": host}
@@ -137,4 +170,4 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(**json.loads(sys.argv[1]))))
+    print(json.dumps(measure(Case(**json.loads(sys.argv[1])))))

@@ -9,12 +9,9 @@ import torch
 
 from launch import fit
 from sft_dist.errors import ConfigError
-from sft_dist.model import build, model_config
-from sft_dist.plan import Model
-from sft_dist.schema import ModelConfig
-from sft_dist.zero import zero_config
 from tests import fake_engine
 from tests.dist import tiny
+from tests.fake_engine import Case
 from tests.workers import run_workers
 
 GPT2 = {"model_type": "gpt2", "n_layer": 3, "n_embd": 768, "n_head": 4}
@@ -37,20 +34,16 @@ CASES = [
 
 
 def counted(topology, case):
-    return fake_engine.measure(**case)
+    return fake_engine.measure(Case(**case))
 
 
 @pytest.mark.parametrize(("model", "stage", "precision", "world_size", "checkpointing"), CASES)
 def test_within_a_tenth_of_what_torch_counts(model, stage, precision, world_size, checkpointing):
-    sizes = {"vocab_size": 50_000, "seq_len": 256, "precision": precision}
-    case = {"model": model, "stage": stage, "world_size": world_size, "rows": 3, "checkpointing": checkpointing, **sizes}
-    [seen] = run_workers(counted, 1, case)
-    config = ModelConfig(config=model)
-    made = model_config(config, vocab_size=50_000, seq_len=256, eos_id=0)
-    with torch.device("meta"):
-        meta = build(config, made, seed=0, gradient_checkpointing=False)
-    zero = zero_config(f"ds_configs/zero{stage}.json")
-    foretold = Model(config, made, meta, 256, precision).parts(zero, world_size=world_size, rows=3, checkpointing=checkpointing)
+    case = {
+        "model": model, "stage": stage, "world_size": world_size, "rows": 3, "checkpointing": checkpointing,
+        "vocab_size": 50_000, "seq_len": 256, "precision": precision,
+    }  # fmt: skip
+    [seen], foretold = run_workers(counted, 1, case), Case(**case).foretold()
     assert foretold.total == pytest.approx(seen["peak"] - seen["host"], rel=0.1)
     assert foretold.host == pytest.approx(seen["host"], rel=0.1)
 
@@ -121,6 +114,6 @@ def planted(topology, case):
         self.planted = torch.zeros(16 << 20)
 
     fake_engine.Engine.__init__ = with_more
-    return fake_engine.measure(**case)
+    return fake_engine.measure(Case(**case))
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from launch.after import verify_run
 from sft_dist.config import load
-from sft_dist.data.build import prepare
 from sft_dist.data.shards import Shards
 from sft_dist.limits import StopRequest
 from tests.invariants import runs
@@ -57,14 +56,6 @@ def run(topology, path, overrides, poisoned=(), skip_rows=0, stops_once_back=Fal
 
     Engine._loss_sum = poison
     return train.run_plan(plan, OnceBack(Path(config.run_dir)) if stops_once_back else StopRequest())
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("task")
-    path = runs.run_file(folder)
-    prepare(load(path).prepare)
-    return path
 
 
 @pytest.fixture(scope="module")

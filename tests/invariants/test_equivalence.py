@@ -22,14 +22,6 @@ from tests.workers import run_workers
 TOLERANCE = 5e-6
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("task")
-    path = runs.run_file(folder)
-    prepare(load(path).prepare)
-    return path
-
-
 @pytest.fixture
 def go(task, tmp_path):
     """Run the task on so many ranks with overrides, in a run folder of its own; returns that folder."""

@@ -8,19 +8,10 @@ import shutil
 import pytest
 
 from sft_dist.config import load
-from sft_dist.data.build import prepare
 from tests.invariants import runs
 from tests.workers import run_workers
 
 COMMON = ("evaluate.samples=0", "train.micro_batch_rows=2", "train.max_steps=null", "train.epochs=1.6")
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("task")
-    path = runs.run_file(folder)
-    prepare(load(path).prepare)
-    return path
 
 
 @pytest.fixture(scope="module")
