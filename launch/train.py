@@ -33,7 +33,7 @@ from sft_dist.errors import BusyError, ConfigError, DataError, HealthError, SftD
 from sft_dist.files import Hold, hold
 from sft_dist.identity import ALLOWANCES
 from sft_dist.limits import StopRequest, Verdict
-from sft_dist.metrics import read_lines
+from sft_dist.metrics import Metrics, read_lines
 from sft_dist.retention import list_folders, step_of
 from sft_dist.schema import RunConfig
 from sft_dist.state import TrainState
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     import torch
 
     from sft_dist.checkpoint import Checkpoints
+    from sft_dist.engine import Engine
     from sft_dist.gpus import Gpu
     from sft_dist.usage import Budget
 
@@ -370,8 +371,6 @@ def _train(
     """From a model to its last step; returns why it ended, the state that is saved by then, and the steps of the run."""
     from launch import fit, parts
     from sft_dist.preflight import rehearse
-    from sft_dist.stragglers import Stragglers
-    from sft_dist.trainer import train
 
     def beat(phase: str) -> None:
         if watching is not None:
@@ -389,24 +388,50 @@ def _train(
         fit.dry_step(plan, engine, parts.full_micro_batch(plan, device))
     beat("restore")
     state, resumed_from = parts.resume(plan, checkpoints, engine)
-    resumed, total = state, plan.steps(state)
+    total = plan.steps(state)
     beat("write a sample")
     speed = rehearse(checkpoints, engine.fragments)
     metrics, say = parts.metrics(plan, state, total)
-    say(f"{plan.describe()}\nmodel: {count:,} parameters; packed documents kept apart (logits move {moved:.0e})")
-    say(resumed_from)
-    say(
-        f"a checkpoint: {size / 1e6:,.1f} MB, {size / speed:,.2f} s at the {speed / 1e9:.2f} GB/s of {checkpoints.folder}"
-    )
-    for line in [*healthy, *warnings]:
+    for line in [
+        f"{plan.describe()}\nmodel: {count:,} parameters; packed documents kept apart (logits move {moved:.0e})",
+        resumed_from,
+        f"a checkpoint: {size / 1e6:,.1f} MB, {size / speed:,.2f} s at the {speed / 1e9:.2f} GB/s of {checkpoints.folder}",
+        *healthy,
+        *warnings,
+        *_told_of_time(plan.life),
+    ]:
         say(line)
     stop.save_seconds = size / speed
-    if plan.life.end_time is not None:
-        say(
-            f"time: this life ends at {time.strftime('%F %T', time.localtime(plan.life.end_time))}; it saves and leaves before"
-        )
     beat("start-up")
-    nodes = nodes if len(nodes) > 1 else []
+    about_nodes = nodes if len(nodes) > 1 else []
+    return _to_the_end(plan, state, metrics, engine, checkpoints, device, stop, watching, budget, about_nodes)
+
+
+def _told_of_time(life: Life) -> list[str]:
+    if life.end_time is None:
+        return []
+    end = time.strftime("%F %T", time.localtime(life.end_time))
+    return [f"time: this life ends at {end}; it saves and leaves before"]
+
+
+def _to_the_end(
+    plan: Plan,
+    resumed: TrainState,
+    metrics: Metrics,
+    engine: Engine,
+    checkpoints: Checkpoints,
+    device: torch.device,
+    stop: StopRequest,
+    watching: watchdog.Watchdog | None,
+    budget: Budget,
+    nodes: Sequence[str],
+) -> tuple[str, TrainState, int]:
+    """Train from `resumed` on, and from an earlier checkpoint where steps can no longer be applied; returns as `_train` does."""
+    from launch import parts
+    from sft_dist.stragglers import Stragglers
+    from sft_dist.trainer import train
+
+    state, total = resumed, plan.steps(resumed)
     evaluator = parts.evaluator(plan, checkpoints.comms)
     try:
         while True:
@@ -433,7 +458,8 @@ def _train(
             )
             if reason != "diverged":
                 return reason, state, total
-            beat("restore")
+            if watching is not None:
+                watching.beat(state.step, "restore")
             state = parts.roll_back(plan, checkpoints, engine, state, resumed)
             total = plan.steps(state)
             metrics.close()
