@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from sft_dist import account
 from sft_dist.checkpoint import Checkpoints, Saved
 from sft_dist.comms import Comms
@@ -23,13 +21,10 @@ from sft_dist.spikes import BadStep, BadSteps
 from sft_dist.state import TrainState
 from sft_dist.stragglers import Stragglers
 from sft_dist.usage import Budget
+from sft_dist.votes import AbandonedError, Votes
 from sft_dist.watchdog import Watchdog
 
 _log = logging.getLogger("sft_dist")
-
-
-class _AbandonedError(Exception):
-    """An evaluation that all ranks agreed to leave, because one was asked to stop."""
 
 
 def train(
@@ -65,24 +60,8 @@ def train(
     start_step, budget, bad_steps = state.step, budget or Budget(), bad_steps or BadSteps(roll_back_after=None)
     reason: Reason = "completed"
 
-    def beat(phase: str) -> None:
-        if watchdog is not None:
-            watchdog.beat(state.step, phase)
-
-    def waiting() -> None:
-        if watchdog is not None:
-            watchdog.wait(state.step, "waits for a save")
-
-    def is_to_stop(phase: str) -> bool:
-        beat("vote")
-        is_wanted = comms.agree(stop.is_wanted())
-        beat(phase)
-        return is_wanted
-
-    def logits_unless_stopped(*batch: torch.Tensor) -> torch.Tensor:
-        if is_to_stop("evaluate"):
-            raise _AbandonedError
-        return engine.logits(*batch)
+    votes = Votes(comms, stop, watchdog, state.step)
+    beat, waiting, logits = votes.beat, votes.waiting, votes.unless_stopped(engine.logits)
 
     def report(saved: Saved | None) -> None:
         """What a save cost; a failure has been said where it was found."""
@@ -93,15 +72,15 @@ def train(
                 _log.warning(told)
 
     def evaluated(state: TrainState) -> TrainState:
-        with contextlib.suppress(_AbandonedError), budget.measuring():  # the next step's vote will stop the run
-            return account.judged(state, evaluator.interim(state.step, logits_unless_stopped, metrics), early_stopping)
+        with contextlib.suppress(AbandonedError), budget.measuring():  # the next step's vote will stop the run
+            return account.judged(state, evaluator.interim(state.step, logits, metrics), early_stopping)
         return state
 
     if owes_evaluation:
         state = evaluated(state)
     if state.step == 0 and not comms.agree(budget.is_spent(stop.save_seconds)):
-        with contextlib.suppress(_AbandonedError), budget.measuring():  # the first step's vote will stop the run
-            evaluator.measure(0, logits_unless_stopped, metrics)
+        with contextlib.suppress(AbandonedError), budget.measuring():  # the first step's vote will stop the run
+            evaluator.measure(0, logits, metrics)
 
     for step in steps:
         if early_stopping is not None and early_stopping.is_over(state.best):
@@ -123,7 +102,7 @@ def train(
             step.micro_batches,
             denominator=max(1, targets),
             learning_rate=rate,
-            should_abandon=lambda: is_to_stop("forward and backward"),
+            should_abandon=lambda: votes.is_to_stop("forward and backward"),
             total=lambda loss_sum: comms.sum_tensor(loss_sum).item(),
             norm_limit=bad_steps.norm_limit(state.norms),
         )
@@ -148,6 +127,7 @@ def train(
             gpu_seconds=seconds * comms.topology.world_size,
             is_bad=is_bad,
         )
+        votes.step = state.step
         if applied.is_applied:
             state = replace(state, norms=bad_steps.remember(state.norms, applied.grad_norm))
         if is_bad and (told := account.bad_step(state.step, fed_from, step.num_rows, loss, applied, comms)):
@@ -173,8 +153,8 @@ def train(
         if cadence.is_due(state.step, cadence.evaluate_steps) and not is_last:
             state = evaluated(state)
         if cadence.is_due(state.step, cadence.samples_steps) and state.step < cadence.last_step:
-            with contextlib.suppress(_AbandonedError), budget.measuring():
-                evaluator.answer(state.step, logits_unless_stopped, metrics)
+            with contextlib.suppress(AbandonedError), budget.measuring():
+                evaluator.answer(state.step, logits, metrics)
         report(checkpoints.finished())
         is_best = state.best is not None and state.best.step == state.step
         if cadence.is_due(state.step, cadence.checkpoint_steps) or retries or is_best:
@@ -188,8 +168,8 @@ def train(
     if reason in ("completed", "plateaued", "spent") and (state.step > start_step or not is_measured):
         try:
             was_evaluated = early_stopping is not None and state.score_here is not None  # with all scores
-            evaluator.measure(state.step, logits_unless_stopped, metrics, is_scored=was_evaluated)
-        except _AbandonedError:
+            evaluator.measure(state.step, logits, metrics, is_scored=was_evaluated)
+        except AbandonedError:
             reason = "stopped"
     beat("save")
     report(checkpoints.finish(waiting))

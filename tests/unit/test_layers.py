@@ -27,7 +27,7 @@ ROWS = [
     "memory",
     "manifest",
     "checkpoint",
-    "account rollback evaluate export verify preflight health plan",
+    "account rollback votes evaluate export verify preflight health plan",
     "trainer",
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row.split()}
