@@ -301,9 +301,9 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     from sft_dist.preflight import require_room
 
     check_deadline(plan.config)
-    tight = (
-        fit.refuse_what_cannot_fit(plan, fit.model_of(plan), fit.of_this_machine(plan.topology)) if has_gpu() else None
-    )
+    tight = None
+    if plan.topology.is_main and has_gpu():  # GPUs are alike, or the preflight says so
+        tight = fit.refuse_what_cannot_fit(plan, fit.model_of(plan), fit.of_this_machine(plan.topology))
     held = lock(plan.run_dir) if plan.topology.is_main else None
     model, made = parts.model(plan)
     checkpoints = parts.checkpoints(plan, parts.identity(plan, made))
