@@ -14,7 +14,7 @@ import pytest
 from sft_dist.config import load
 from sft_dist.data.build import prepare
 from tests.invariants import runs
-from tests.workers import run_workers
+from tests.workers import RankError, run_workers
 
 WORDS = ("river", "stone", "winter", "market", "music", "garden", "letter", "window", "silver", "road")
 
@@ -114,3 +114,15 @@ def test_of_a_run_without_validation_the_end_is_measured_once(task, tmp_path):
         said = run_workers(told, 1, path, options)[0]
         assert re.search(r"general text: perplexity \d+\.\d before, \d+\.\d after", said)
     assert list(general(tmp_path / "run")) == [0, 2]
+
+
+def test_a_run_does_not_go_on_with_another_general_text(task, tmp_path):
+    """The perplexity after would be of another text than the one before."""
+    path, (_, *common) = task
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": " ".join(WORDS * 9)}) + "\n")
+    other = (f"prepare.general=[{{path: {tmp_path / 'other.jsonl'}}}]", f"prepare.out={tmp_path / 'shards'}")
+    prepare(load(path, other).prepare)
+    where = (f"run_dir={tmp_path / 'run'}", *common)
+    run_workers(runs.run, 1, path, (*where, task[1][0], "train.max_steps=2"))
+    with pytest.raises(RankError, match=r"was made with general = '[0-9a-f]+', this run has '[0-9a-f]+'"):
+        run_workers(runs.run, 1, path, (*where, *other))
