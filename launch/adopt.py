@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from launch import parts
-from launch.train import Plan, lock
+from launch.settle import Plan
+from launch.train import lock
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
 from sft_dist.errors import CheckpointError

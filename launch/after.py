@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch.train import order_of, rows_of
+from launch.settle import order_of, rows_of
 from sft_dist import evaluate as measure
 from sft_dist import verify as proof
 from sft_dist.config import read

@@ -130,7 +130,7 @@ def train(
 ) -> None:
     """Shards → a fine-tuned model, on this machine; goes on from the last checkpoint by itself."""
     from launch import local
-    from launch.train import Resume
+    from launch.settle import Resume
     from sft_dist.config import load
 
     resume = Resume(fresh, from_step, reset_data, skip_rows or 0, allow)

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from launch import parts
-from launch.train import Plan
+from launch.settle import Plan
 from sft_dist.comms import Comms
 from sft_dist.engine import Engine
 from sft_dist.errors import ConfigError

@@ -16,7 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.train import AS_IT_IS, Plan, Resume, lock
+from launch.settle import AS_IT_IS, Plan, Resume
+from launch.train import lock
 from sft_dist.errors import ConfigError
 from sft_dist.limits import SIGNALS, Verdict
 from sft_dist.metrics import loss_curve, read_lines

@@ -54,7 +54,7 @@ from sft_dist.watchdog import HUNG_EXIT_CODE, Watchdog
 from sft_dist.zero import zero_stage
 
 if TYPE_CHECKING:
-    from launch.train import Plan, Resume
+    from launch.settle import Plan, Resume
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed calls what torch renames
 transformers.logging.set_verbosity_error()

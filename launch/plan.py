@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch import parts
 from launch.fit import all_choices, model_of, needed
-from launch.train import Plan
+from launch.settle import Plan
 from sft_dist.batch import num_steps
 from sft_dist.config import read
 from sft_dist.errors import ConfigError

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.train import Plan
+from launch.settle import Plan
 from sft_dist.config import load
 from sft_dist.errors import ConfigError, DataError, SftDistError
 from sft_dist.files import publish_text

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import slurm
-from launch.train import Plan
+from launch.settle import Plan
 from sft_dist.config import read
 from sft_dist.errors import ConfigError, DataError
 from sft_dist.limits import Verdict

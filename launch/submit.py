@@ -12,7 +12,8 @@ from pathlib import Path
 
 import sft_dist
 from launch import slurm
-from launch.train import Plan, check_deadline, lock
+from launch.settle import Plan, check_deadline
+from launch.train import lock
 from sft_dist.config import load
 from sft_dist.errors import ConfigError
 from sft_dist.files import digest_of, publish_text

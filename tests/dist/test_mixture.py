@@ -148,7 +148,7 @@ def test_a_run_on_two_sets_tells_the_loss_and_the_epochs_of_each(tmp_path):
 )
 def test_another_order_or_weight_is_another_run(tmp_path, change, message):
     from launch.parts import identity
-    from launch.train import Plan
+    from launch.settle import Plan
     from sft_dist.errors import CheckpointError
     from sft_dist.identity import require_same
     from sft_dist.model import model_config

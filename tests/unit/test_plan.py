@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from launch import fit, plan
-from launch.train import Plan, Resume, run_plan
+from launch.settle import Plan, Resume
+from launch.train import run_plan
 from sft_dist import memory
 from sft_dist.config import load
 from sft_dist.errors import ConfigError
