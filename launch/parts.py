@@ -23,7 +23,7 @@ import yaml
 
 from sft_dist import health
 from sft_dist.answers import Sampling, own_prompts, prompts
-from sft_dist.attention import prove_isolation as _prove
+from sft_dist.attention import prove_isolation
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
 from sft_dist.data.build import read_conversations
@@ -194,17 +194,17 @@ def full_micro_batch(plan: Plan, device: torch.device) -> MicroBatch:
         2, shape[1] // 2
     )  # two documents: a mask is made
     sets = torch.zeros(shape[0], dtype=torch.int64, device=device)
-    return MicroBatch(tokens, targets, positions, torch.zeros_like(tokens), np.arange(shape[0]), 0, sets)
+    num_targets = shape[0] * (shape[1] - 1)
+    return MicroBatch(tokens, targets, positions, torch.zeros_like(tokens), np.arange(shape[0]), 0, num_targets, sets)
 
 
-def prove_isolation(plan: Plan, engine: Engine, made: Any) -> float:
-    """Packed documents cannot see each other, on this model, kernel, precision and device; or ModelError."""
-    return _prove(
-        engine.logits,
-        plan.shards.manifest.vocab_size,
-        is_16_bit=plan.config.train.precision != "fp32",
-        kernel=getattr(made, "_attn_implementation", None) or "default",
-    )
+def prove(plan: Plan, engine: Engine, made: Any) -> str:
+    """Packed documents cannot see each other, on this model, kernel, precision and device, or ModelError; and the head is right."""
+    vocab_size, is_16_bit = plan.shards.manifest.vocab_size, plan.config.train.precision != "fp32"
+    kernel = getattr(made, "_attn_implementation", None) or "default"
+    moved = prove_isolation(engine.logits, vocab_size, is_16_bit=is_16_bit, kernel=kernel)
+    head = engine.head.check(engine.scores, engine.logits, vocab_size, is_16_bit=is_16_bit)
+    return f"packed documents kept apart (logits move {moved:.0e}); {head}"
 
 
 def resume(plan: Plan, checkpoints: Checkpoints, engine: Engine) -> tuple[TrainState, str]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from sft_dist.attention import Forward
 from sft_dist.comms import Comms
 from sft_dist.data.records import Conversation, Turn
 from sft_dist.data.template import Template
 from sft_dist.data.tokenise import Tokenizer, prompt_ids
+from sft_dist.head import Forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +109,10 @@ def answers(
     going = [number for number, row in enumerate(rows) if len(row) < limits[number]]
     while going:
         tokens = pad_sequence([torch.tensor(rows[number]) for number in going], batch_first=True)
-        logits = forward(tokens, torch.arange(tokens.shape[1]).repeat(len(going), 1))
-        lasts = [len(rows[number]) - 1 for number in going]
-        chosen = comms.broadcast(logits[range(len(going)), lasts].argmax(dim=-1).tolist())
+        lasts = [at * tokens.shape[1] + len(rows[number]) - 1 for at, number in enumerate(going)]
+        places = torch.tensor(lasts)
+        scores = forward(tokens, torch.arange(tokens.shape[1]).repeat(len(going), 1), places, torch.zeros_like(places))
+        chosen = comms.broadcast(scores.best.tolist())
         left = []
         for number, token in zip(going, chosen, strict=True):
             if token not in end_ids:

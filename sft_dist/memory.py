@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
-from sft_dist.attention import packed_logits
-from sft_dist.loss import log_probs_at
+from sft_dist.head import Head, num_places, part_places, scores_at
 from sft_dist.model import build
 from sft_dist.schema import ModelConfig
 
@@ -130,13 +129,14 @@ class Live(TorchDispatchMode):
 def trace(
     config: ModelConfig, made: PretrainedConfig, *, rows: int, seq_len: int, precision: str, checkpointing: bool
 ) -> Traced:
-    """The activations of a micro-batch of `rows` rows of `seq_len` tokens, every token a target."""
+    """The activations of a micro-batch of `rows` rows of `seq_len` tokens, every token a target, as they are on a GPU."""
     with FakeTensorMode(), Live(made.vocab_size) as live:
         scratch = config.model_copy(update={"init": "scratch"})
         model = build(scratch, made, seed=0, gradient_checkpointing=checkpointing, dtype=DTYPES[precision]).train()
         tokens = torch.zeros(rows, seq_len, dtype=torch.int64)
         positions = torch.arange(seq_len).expand(rows, seq_len)
-        places = torch.zeros(rows * (seq_len - 1), dtype=torch.int64)
+        places = torch.zeros(num_places(rows * (seq_len - 1)), dtype=torch.int64)
+        Head(model, part_places(made.vocab_size, "cuda"))
         before = live.bytes
         live.restart()
         gradients: list[Gradient] = []
@@ -148,10 +148,7 @@ def trace(
 
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(take)
-        logits = packed_logits(model, tokens, positions)
-        loss = -log_probs_at(logits, tokens, torch.zeros_like(places), places).sum()
-        del logits
-        loss.backward()
+        scores_at(model, tokens, positions, places, places).loss.backward()
     return Traced(gradients[0].peak, tuple(gradients))
 
 

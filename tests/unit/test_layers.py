@@ -23,6 +23,7 @@ ROWS = [
     "data.work data.mixture",
     "data.merge",
     "data.build data.loader data.view comms loss metrics attention layout stragglers optimizer",
+    "head",
     "model engine store foreign flops answers labels",
     "memory",
     "manifest",
