@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sft_dist import layout, ledger
+from sft_dist import kernels, layout, ledger
 from sft_dist.attention import packed_logits
 from sft_dist.batch import Batch
 from sft_dist.head import Head, Scores, power_of_two, scores_at, targets_at
@@ -157,6 +157,11 @@ class Engine:
         self.deepspeed.eval()
         return scores_at(self.deepspeed, *(part.to(self.device) for part in batch))
 
+    def use_kernel(self, name: str) -> None:
+        """Attention by a kernel of `sft_dist.kernels`."""
+        kernels.use(self.deepspeed.module, name)
+        self.head.wants_documents = name != "sdpa"
+
     def fragments(self) -> Iterator[layout.Fragment]:
         """This rank's live views of the fp32 masters and moments."""
         return layout.fragments(self.deepspeed.module, self.deepspeed.optimizer, self.adam, self.topology.rank)
@@ -193,7 +198,8 @@ class Engine:
             fed += self._fed(tokens, targets, positions)
         places, labels = targets_at(tokens, targets, micro_batch.num_targets)
         scale = power_of_two(factor * (self.loss_scale or {"cur_scale": 1.0})["cur_scale"])
-        scores = scores_at(self.deepspeed, tokens, positions, places, labels, grad_scale=scale)
+        about = {"grad_scale": scale, "num_documents": micro_batch.num_documents}
+        scores = scores_at(self.deepspeed, tokens, positions, places, labels, **about)
         if set_sums is not None:  # a by-product: the loss that is optimised does not depend on it
             of_targets = scores.log_probs[: micro_batch.num_targets]
             set_sums += sums_by_set(of_targets, targets, micro_batch.sets.to(self.device), self.num_sets)

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
+from sft_dist.kernels import documents_of
 from sft_dist.loss import target_log_probs
 
 _BUCKET = 64  # the number of places is rounded up to a multiple of it: few shapes
@@ -202,6 +203,8 @@ class Head:
         self._model, self._output = model, model.get_output_embeddings()
         self._forward, self._project = model.forward, self._output.forward
         self._kind, self._part = Logits.of(model.config), part
+        self.wants_documents = False
+        """Whether the attention kernel is told where documents begin."""
         self.is_whole = model.base_model is model
         """Whether the model's own logits are taken, all of them: right for every model, and large."""
         # on the modules themselves: ZeRO 3 gathers the weight for the head's forward, and names stay what they are
@@ -229,8 +232,16 @@ class Head:
         )
 
     def _called(
-        self, *args: Any, places: torch.Tensor | None = None, labels: Any = None, grad_scale: float = 1.0, **more: Any
+        self,
+        *args: Any,
+        places: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        grad_scale: float = 1.0,
+        num_documents: int | None = None,
+        **more: Any,
     ) -> Any:
+        if self.wants_documents:
+            more |= documents_of(more["position_ids"], num_documents)
         if places is None:
             return self._forward(*args, **more)
         if not self.is_whole:

@@ -247,6 +247,8 @@ class TrainConfig(Section):
     """Clip the global gradient norm to this; null: no clipping."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Compute precision; masters, accumulation and reduction are fp32 always. fp16 (GPU only) scales the loss by itself."""
+    attention: Literal["auto", "sdpa", "varlen", "by_document", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Kernel for packed rows; `auto`: the fastest one here that is proven at the start. All but sdpa do no work between documents."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     seed: int = Field(default=0, ge=0)

@@ -49,7 +49,7 @@ class MicroBatch:
         self.targets = torch.ones(rows, seq_len, dtype=torch.bool)
         self.positions = torch.arange(seq_len).repeat(rows, 1)
         self.rows = range(rows)
-        self.num_targets = rows * (seq_len - 1)
+        self.num_targets, self.num_documents = rows * (seq_len - 1), rows
 
 
 @dataclass(frozen=True)

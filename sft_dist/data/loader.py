@@ -32,8 +32,8 @@ class MicroBatch:
     `tokens`, `positions`: int64 [rows, seq_len]; `targets`: bool [rows, seq_len]; `documents`: int32 [rows, seq_len],
     the number of each token's document in its row, -1 for padding. `first_ordinal` seeds the dropout; `rows`: int64
     [rows], row numbers in the shards, empty when the rank only keeps the others company; `sets`: int64 [rows, or 1], the
-    set of the mixture that each row is from, None where there is only one. `num_targets`: known here, so that nobody has to
-    ask the device.
+    set of the mixture that each row is from, None where there is only one. `num_targets`, and `num_documents` with padding
+    as one of each row that has some: known here, so that nobody has to ask the device.
     """
 
     tokens: torch.Tensor
@@ -43,6 +43,7 @@ class MicroBatch:
     rows: np.ndarray
     first_ordinal: int
     num_targets: int
+    num_documents: int
     sets: torch.Tensor | None = None
 
 
@@ -165,7 +166,8 @@ class Loader:
             of_rows = self.shards.set_of(block.rows) if len(block.rows) else np.zeros(1, np.int64)
             sets = torch.from_numpy(of_rows).to(self.device)
         parts = widen(stored, self.shards.seq_len, self.device)
-        return MicroBatch(*parts, block.rows, first_ordinal, block.num_targets, sets)
+        of_text, padded = np.bitwise_count(stored.starts).sum(), (stored.lengths < self.shards.seq_len).sum()
+        return MicroBatch(*parts, block.rows, first_ordinal, block.num_targets, int(of_text + padded), sets)
 
     def _nothing(self) -> StoredRows:
         manifest = self.shards.manifest

@@ -43,6 +43,11 @@ class MicroBatch:
         return range(len(self.tokens))
 
     @property
+    def num_documents(self) -> int:
+        """The same."""
+        return int((self.positions == 0).sum())
+
+    @property
     def num_targets(self) -> int:
         """The same."""
         return int(self.targets[:, 1:].sum())

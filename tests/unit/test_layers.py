@@ -22,7 +22,7 @@ ROWS = [
     "data.read data.curate data.template data.tokenise data.pack data.shards data.repeats data.select data.scratch",
     "data.work data.mixture",
     "data.merge",
-    "data.build data.loader data.view comms loss metrics attention layout stragglers optimizer",
+    "data.build data.loader data.view comms loss metrics attention kernels layout stragglers optimizer",
     "head",
     "model engine store foreign flops answers labels",
     "memory",
