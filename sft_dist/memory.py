@@ -209,20 +209,20 @@ def _kept(size: Size, section: Mapping[str, Any], world_size: int, precision: st
     buffers = 2 if section.get("overlap_comm") else 1  # one is reduced while the other is filled
     reduce = 4 + c if c == 2 else 4  # an element: flattened, and in fp32 whatever the gradients are in
     if stage == 0:
-        return _Kept(4 * all_, 4 * all_, 8 * all_, in_step=4 * all_)
+        return _Kept(4 * all_, 4 * all_, 8 * all_)
     if (
         stage == 1 and precision == "bf16"
     ):  # BF16_Optimizer: the gradients of all in fp32, and the model's own beside them
-        return _Kept(2 * all_, (4 + 2) * all_, 12 * own, in_step=max(8 * own, 4 * min(all_, bucket)))
+        return _Kept(2 * all_, (4 + 2) * all_, 12 * own, in_step=4 * min(all_, bucket))
     if stage == 1:
-        return _Kept(c * all_, 4 * all_, 12 * own, always=4 * bucket * buffers, to_reduce=reduce, in_step=8 * own)
+        return _Kept(c * all_, 4 * all_, 12 * own, always=4 * bucket * buffers, to_reduce=reduce)
     if stage == 2:
         gradients = 4 * own if c == 2 else 4 * max(own, size.largest)
-        kept = _Kept(c * all_, gradients, 12 * own, bucket=c * bucket * buffers, to_reduce=reduce, in_step=8 * own)
+        kept = _Kept(c * all_, gradients, 12 * own, bucket=c * bucket * buffers, to_reduce=reduce)
     else:
         live = min(all_, section.get("stage3_max_live_parameters", 1_000_000_000))
         group = min(own, section.get("sub_group_size", 1_000_000_000))
-        kept = _Kept(c * own, 4 * own, 12 * own, always=4 * bucket * buffers, gathered=c * live, in_step=12 * group)
+        kept = _Kept(c * own, 4 * own, 12 * own, always=4 * bucket * buffers, gathered=c * live, in_step=4 * group)
     if "offload_optimizer" in section:
         host = kept.optimizer + 2 * 4 * own + c * own  # a second copy of the gradients, and pinned weights
         kept = replace(kept, gradients=0.0, optimizer=0.0, in_step=0.0, host=host)
