@@ -55,7 +55,8 @@ def _adopt(plan: Plan, source: Path) -> str:
         skipped=((0, rows),) if rows else (),
         notes=(note,),
     )
-    of_step, here = foreign.samples / max(1, foreign.step), plan.batch.global_batch_rows
+    here = plan.batch.global_batch_rows
+    of_step = here if foreign.samples is None else foreign.samples / max(1, foreign.step)
     differs = (
         f"\nnote: a step took {of_step:,.0f} rows there and takes {here:,} here"
         if foreign.samples and of_step != here

@@ -72,6 +72,7 @@ def prepare(
     """Raw records → shards (train and validation); an interrupted one goes on where it was."""
     from launch import prepare as preparation
     from sft_dist.config import load
+    from sft_dist.data.build import Task
 
     config = load(run_file, overrides)
     if print_config:
@@ -79,7 +80,7 @@ def prepare(
         return
     if task and only_merge:
         raise click.UsageError("--task does a part and --merge what comes after all parts; give one of them")
-    part = preparation.Task(task[0] - 1, task[1]) if task else None
+    part = Task(task[0] - 1, task[1]) if task else None
     preparation.run(config, fresh=fresh, workers=workers, task=part, only_merge=only_merge)
 
 

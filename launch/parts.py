@@ -83,7 +83,7 @@ def identity(plan: Plan, made: Any) -> dict[str, Any]:
     digest = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=16)
     manifest = plan.shards.manifest
     # what a run may do without is not named without it: older checkpoints go on
-    more = {"mixture": plan.mixture.identity()} if plan.mixture else {}
+    more: dict[str, Any] = {"mixture": plan.mixture.identity()} if plan.mixture else {}
     if plan.config.train.order != "rows":
         more["order"] = plan.config.train.order.model_dump()
     if general := [one.manifest.data for folder in plan.shards_dirs if (one := open_shards(folder, "general"))]:
@@ -263,9 +263,8 @@ def with_changes(
 
 def steps(plan: Plan, state: TrainState, device: torch.device) -> Iterator[Step]:
     """What is left of the stream of training rows, as this rank sees it, made on `device`."""
-    train = plan.config.train
     loader = Loader(
-        plan.shards, plan.topology, micro_batch_rows=train.micro_batch_rows, order=plan.order, device=device
+        plan.shards, plan.topology, micro_batch_rows=plan.batch.micro_batch_rows, order=plan.order, device=device
     )
     for begin, end in state.stretches(plan.rows):
         yield from loader.steps(start=begin, end=end, global_batch_rows=plan.batch.global_batch_rows)
@@ -285,7 +284,7 @@ def schedule(plan: Plan, total_steps: int) -> Callable[[int], float]:
 
 def evaluator(plan: Plan, comms: Comms) -> Evaluator:
     """What is measured on the held-out data."""
-    micro, device = plan.config.train.micro_batch_rows, comms.device
+    micro, device = plan.batch.micro_batch_rows, comms.device
 
     def loader(sets: Sequence[Shards]) -> Loader:
         return Loader(Joined(sets), plan.topology, micro_batch_rows=micro, shuffle=False, device=device)
@@ -322,7 +321,7 @@ def sampling(plan: Plan) -> Sampling:
         end_ids=tokenizer.end_ids,
         context=plan.shards.seq_len,
         max_new_tokens=evaluate.max_new_tokens,
-        batch_tokens=plan.config.train.micro_batch_rows * plan.shards.seq_len,
+        batch_tokens=plan.batch.micro_batch_rows * plan.shards.seq_len,
     )
 
 
@@ -421,22 +420,25 @@ def roll_back(
     Never twice to the same one, nor behind what was changed on purpose: `resumed` is the state that this life began with.
     Raises DivergedError where there is none, or after enough roll-backs.
     """
+    streak = state.streak
+    assert streak is not None
     is_allowed = state.roll_backs < plan.config.train.bad_steps.max_roll_backs
     found = targets(checkpoints.folder, state, resumed) if plan.topology.is_main and is_allowed else []
     for step in checkpoints.comms.broadcast(found):
         try:
-            _, back, _ = checkpoints.restore(engine.fragments, step)
+            restored = checkpoints.restore(engine.fragments, step)
+            assert restored is not None  # it was found a moment ago
         except CheckpointError as error:  # on every rank
             _log.warning("%s", error)
             continue
-        back = resumed if step == resumed.step else back
+        back = resumed if step == resumed.step else restored[1]
         engine.restored(back.adam_step, back.loss_scale)
         made, note = rolled_back(back, state)
         _log.warning("warning: %s", note)
         return made
     why = "with no other checkpoint before them to go back to" if is_allowed else f"after {state.roll_backs} roll-backs"
     raise DivergedError(
-        f"steps {state.streak.first_step} to {state.step} could not be applied, {why} (rows {state.streak.first_row} to "
+        f"steps {streak.first_step} to {state.step} could not be applied, {why} (rows {streak.first_row} to "
         f"{state.rows_consumed - 1} of the stream). Lower train.learning_rate, or look at the records in {plan.run_dir / BAD_ROWS}"
     )
 
@@ -468,8 +470,8 @@ def watchdog(plan: Plan) -> Watchdog | None:
 
     def on_hang(account: str) -> None:
         host = re.match(r"rank \d+ on host (\S+) hangs:", account)  # not one of several that are as far behind
-        made_of = (plan.life.name, "hung", made.step, account, HUNG_EXIT_CODE, host[1] if host else "")
-        Verdict(*made_of).write(plan.run_dir / "verdicts")
+        node = host[1] if host else ""
+        Verdict(plan.life.name, "hung", made.step, account, HUNG_EXIT_CODE, node).write(plan.run_dir / "verdicts")
 
     folder, seconds = plan.run_dir / WATCH, plan.config.train.hang_seconds
     made = Watchdog(folder, plan.topology, seconds, on_hang, life=plan.life.name).start()

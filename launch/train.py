@@ -27,7 +27,7 @@ from sft_dist.config import load
 from sft_dist.errors import BusyError, ConfigError, DataError, HealthError, SftDistError
 from sft_dist.files import Hold, hold
 from sft_dist.identity import ALLOWANCES
-from sft_dist.limits import StopRequest, Verdict
+from sft_dist.limits import Reason, StopRequest, Verdict
 from sft_dist.metrics import Metrics, read_lines
 from sft_dist.schema import RunConfig
 from sft_dist.state import TrainState
@@ -144,8 +144,9 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     causes = [cause for cause in comms.gather(stop.cause) if cause]
     if plan.topology.is_main:
         detail = f"asked to stop by {causes[0]}" if causes and reason == "stopped" else f"{state.step} of {total} steps"
-        if reason == "plateaued":
-            detail = parts.early_stopping(plan).describe(state.best)
+        early = parts.early_stopping(plan)
+        if reason == "plateaued" and early is not None and state.best is not None:
+            detail = early.describe(state.best)
         if reason == "spent":
             detail = budget.cause or detail
         Verdict(plan.life.name, reason, state.step, detail).write(plan.run_dir / "verdicts")
@@ -169,7 +170,7 @@ def _train(
     stop: StopRequest,
     watching: watchdog.Watchdog | None,
     budget: Budget,
-) -> tuple[str, TrainState, int]:
+) -> tuple[Reason, TrainState, int]:
     """From a model to its last step; returns why it ended, the state that is saved by then, and the steps of the run."""
     from launch import fit, parts
     from sft_dist.preflight import rehearse
@@ -227,7 +228,7 @@ def _to_the_end(
     watching: watchdog.Watchdog | None,
     budget: Budget,
     nodes: Sequence[str],
-) -> tuple[str, TrainState, int]:
+) -> tuple[Reason, TrainState, int]:
     """Train from `resumed` on, and from an earlier checkpoint where steps can no longer be applied; returns as `_train` does."""
     from launch import parts
     from sft_dist.stragglers import Stragglers

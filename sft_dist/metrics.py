@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import math
+import operator
 import os
 import resource
 import sys
@@ -97,7 +98,8 @@ class JsonLines:
         staged.write_text("".join(json.dumps(line) + "\n" for line in kept))
         staged.replace(path)
         self._path, self._file = path, path.open("ab", buffering=0)
-        self._good, self._held = path.stat().st_size, []  # bytes of whole lines; lines that wait for room
+        self._good = path.stat().st_size  # bytes of whole lines
+        self._held: list[bytes] = []  # lines that wait for room
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._write({"step": step, **values})
@@ -179,7 +181,7 @@ class TensorBoard:
                 for part in ("prompt", "answer", "expected")
                 if answer[part] or part != "expected"  # of a prompt of one's own no answer is expected
             )
-            self._act(lambda writer, number=number, text=text: writer.add_text(f"samples/{number}", text, step))
+            self._act(operator.methodcaller("add_text", f"samples/{number}", text, step))
 
     def confusion(self, step: int, confusion: Mapping[str, Any]) -> None:
         text = _markdown(_rows(confusion))

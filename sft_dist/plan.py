@@ -59,7 +59,11 @@ class Model:
                 "planned. Give train.micro_batch_rows a number, and see"
             )
         if checkpointing not in self._traced:
-            names = {"seq_len": self.seq_len, "precision": self.precision, "checkpointing": checkpointing}
+            names: dict[str, Any] = {
+                "seq_len": self.seq_len,
+                "precision": self.precision,
+                "checkpointing": checkpointing,
+            }
             one, two = (trace(self.config, self.made, rows=count, **names) for count in (1, 2))
             self._traced[checkpointing] = one, two
         one, two = self._traced[checkpointing]
@@ -125,7 +129,7 @@ def choices(
         if model.precision != "fp32" and stage == 0:
             continue  # refused: DeepSpeed's optimizer takes a wrong first step there
         for checkpointing in (False, True):
-            common = {"world_size": world_size, "checkpointing": checkpointing}
+            common: dict[str, Any] = {"world_size": world_size, "checkpointing": checkpointing}
             largest = model.largest(zero, gpu, rows_per_rank=rows_per_rank, **common) if gpu is not None else None
             used = rows or largest or 1
             made = model.parts(zero, rows=used, **common)

@@ -378,7 +378,7 @@ class BudgetConfig(Section):
             raise ValueError("cost needs a price_per_gpu_hour; add for example price_per_gpu_hour: 2.10 EUR")
         if price is not None and not price.amount:
             raise ValueError("price_per_gpu_hour is 0, so that any cost would do; leave both out")
-        if cost is not None and cost.currency != price.currency:
+        if cost is not None and price is not None and cost.currency != price.currency:
             raise ValueError(f"cost is in {cost.currency} and price_per_gpu_hour in {price.currency}; use one currency")
         return self
 

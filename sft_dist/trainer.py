@@ -130,8 +130,8 @@ def train(
         votes.step = state.step
         if applied.is_applied:
             state = replace(state, norms=bad_steps.remember(state.norms, applied.grad_norm))
-        if is_bad and (told := account.bad_step(state.step, fed_from, step.num_rows, loss, applied, comms)):
-            on_bad_step(told)
+        if is_bad and (bad := account.bad_step(state.step, fed_from, step.num_rows, loss, applied, comms)):
+            on_bad_step(bad)
         slowest, told = stragglers.judge(own_seconds) if stragglers is not None else (None, None)
         budget.stepped(state.step, seconds, state.tokens)
         for line in filter(None, (told, budget.told(cadence.last_step))):

@@ -553,8 +553,8 @@ def histogram(entries: Sequence[Bar]) -> Chart:
     bars = []
     for number, entry in enumerate(entries):
         tall = max(entry.count * scale, 1.5) if entry.count else 0.0  # one document among millions is still seen
-        places = (left + number * slot + 1, bottom - tall, slot - 2, tall)
-        bars.append((*(round(place, 2) for place in places), entry))
+        x, y, width_of_bar = (round(place, 2) for place in (left + number * slot + 1, bottom - tall, slot - 2))
+        bars.append((x, y, width_of_bar, round(tall, 2), entry))
     ticks = [(round(bottom - count * scale, 2), count) for count in range(0, top_count + 1, step)]
     return Chart(width, height, left, bottom, bars, ticks)
 
