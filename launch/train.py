@@ -327,6 +327,8 @@ def set_aside(run_dir: Path) -> Path | None:
 if __name__ == "__main__":
     try:
         code = main()
+    except SystemExit as end:  # --help, or an option that is none
+        code = end.code if isinstance(end.code, int) else 1
     except BaseException:
         traceback.print_exc()
         code = 1
