@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -117,6 +118,8 @@ def test_every_command_has_its_help_and_the_version_is_one(environment, tmp_path
     assert versions == [__version__, __version__]
     assert run("sft-dist --version", tmp_path, environment=environment) == f"sft-dist, version {__version__}\n"
     assert "Traceback" not in run("python -m launch.train --help", tmp_path, environment=environment)
+    [whose] = re.findall(r"^python -c .*$", (ROOT / "docs" / "install.md").read_text(), flags=re.MULTILINE)
+    assert run(whose, tmp_path, environment=environment) == "['sft-dist']\n"
     refused = run("python -m launch.train run.yaml --nope", tmp_path, code=2, environment=environment)
     assert "unrecognized arguments: --nope" in refused
     assert "Traceback" not in refused
