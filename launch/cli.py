@@ -253,7 +253,7 @@ def stop(run_dir: str, at_once: bool) -> None:
 @click.argument("run_dir", metavar="RUN_DIR")
 def verify(run_dir: str) -> None:
     """Prove what a run consumed: ledger, epochs, checkpoints, export; prints a certificate."""
-    from launch.after import verify_run
+    from launch.certify import verify_run
 
     certificate = verify_run(Path(run_dir))
     click.echo(certificate.text)
@@ -265,7 +265,7 @@ def verify(run_dir: str) -> None:
 @click.option("--verify", "is_read", is_flag=True, help="Read every byte and compare its digest.")
 def checkpoints(run_dir: str, is_read: bool) -> None:
     """The checkpoints of a run: step, size, whole or not, best, layout, age."""
-    from launch.after import list_checkpoints
+    from launch.certify import list_checkpoints
 
     table, is_whole = list_checkpoints(Path(run_dir), is_read=is_read)
     click.echo(table)
@@ -300,7 +300,7 @@ def evaluate(
     models: tuple[str, ...], shards: str | None, tasks: str | None, micro_batch_rows: int, as_json: bool
 ) -> None:
     """Token-weighted validation loss and perplexity, by source; what was forgotten; accuracy, F1 and more for label tasks."""
-    from launch.after import evaluate_models, run_tasks
+    from launch.measure import evaluate_models, run_tasks
 
     if tasks and shards:
         raise click.UsageError("--tasks have data of their own and --shards is that of the run; give one of them")
@@ -316,7 +316,7 @@ def evaluate(
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: the precision the run computed in.")
 def export(run_dir: str, out: str, dtype: str | None) -> None:
     """Checkpoint → a Hugging Face folder, reloaded and compared before it says done."""
-    from launch.after import export_run
+    from launch.hand_over import export_run
 
     export_run(Path(run_dir), Path(out), dtype)
 
@@ -329,7 +329,7 @@ def export(run_dir: str, out: str, dtype: str | None) -> None:
 )
 def chat(model: str, prompt: str, max_new_tokens: int) -> None:
     """One answer from the model."""
-    from launch.after import answer_prompt
+    from launch.chat import answer_prompt
 
     click.echo(answer_prompt(model, prompt, max_new_tokens))
 

@@ -26,10 +26,11 @@ def finished(tmp_path_factory):
 
 
 def call(topology, name, *arguments, **more):
-    """A function of launch.after, in a process of its own."""
-    from launch import after
+    """A function of what is done with a finished run, in a process of its own."""
+    from launch import chat, hand_over, measure
 
-    return getattr(after, name)(*arguments, **more)
+    module = next(module for module in (measure, hand_over, chat) if hasattr(module, name))
+    return getattr(module, name)(*arguments, **more)
 
 
 def refused(pattern, *arguments, **more):
@@ -210,7 +211,7 @@ class StandIn:
 
 
 def with_stand_in(topology, name, *arguments, fails=False, **more):
-    """A function of launch.after where lm-eval is the stand-in; what it returns and prints."""
+    """A function where lm-eval is the stand-in; what it returns and prints."""
     import contextlib
     import io
 
