@@ -43,11 +43,13 @@ def verify_run(run_dir: Path) -> proof.Certificate:
         proof.Check("past", None, f"rows {left.begin:,} to {left.end - 1:,} of another stream: {left.ledger.text}")
         for left in state.past
     ]
-    out, about = run_dir / "export", None
+    out = run_dir / "export"
     if (out / ABOUT).is_file():
         about = json.loads((out / ABOUT).read_text())
         dtype = getattr(torch, json.loads((out / "config.json").read_text())["dtype"])
         checks.append(proof.export(out, about["step"], dtype, folder))
+    if config.reproduces is not None:
+        checks += proof.reproduced(config.reproduces, folder)
     checks += [proof.Check("by hand", True, note) for note in state.notes]
     verdicts = [json.loads(file.read_text())["reason"] for file in sorted((run_dir / "verdicts").glob("*.json"))]
     told = ", ".join(f"{verdicts.count(reason)} {reason}" for reason in sorted(set(verdicts)))
