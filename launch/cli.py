@@ -254,7 +254,7 @@ def stop(run_dir: str, at_once: bool) -> None:
 @click.argument("run_dir", metavar="RUN_DIR")
 def verify(run_dir: str) -> None:
     """Prove what a run consumed: ledger, epochs, checkpoints, export; prints a certificate."""
-    from launch.after import verify_run
+    from launch.certify import verify_run
 
     certificate = verify_run(Path(run_dir))
     click.echo(certificate.text)
@@ -266,7 +266,7 @@ def verify(run_dir: str) -> None:
 @click.option("--verify", "is_read", is_flag=True, help="Read every byte and compare its digest.")
 def checkpoints(run_dir: str, is_read: bool) -> None:
     """The checkpoints of a run: step, size, whole or not, best, layout, age."""
-    from launch.after import list_checkpoints
+    from launch.certify import list_checkpoints
 
     table, is_whole = list_checkpoints(Path(run_dir), is_read=is_read)
     click.echo(table)
@@ -301,7 +301,7 @@ def evaluate(
     models: tuple[str, ...], shards: str | None, tasks: str | None, micro_batch_rows: int, as_json: bool
 ) -> None:
     """Token-weighted validation loss and perplexity, by source; what was forgotten; accuracy, F1 and more for label tasks."""
-    from launch.after import evaluate_models, run_tasks
+    from launch.measure import evaluate_models, run_tasks
 
     if tasks and shards:
         raise click.UsageError("--tasks have data of their own and --shards is that of the run; give one of them")
@@ -314,25 +314,64 @@ def evaluate(
 @main.command()
 @click.argument("run_dir", metavar="RUN_DIR")
 @click.argument("out", metavar="OUT")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: the precision the run computed in.")
-def export(run_dir: str, out: str, dtype: str | None) -> None:
-    """Checkpoint → a Hugging Face folder, reloaded and compared before it says done."""
-    from launch.after import export_run
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the weights; default: the precision the run computed in.",
+)
+@click.option(
+    "--max-shard-size", metavar="SIZE", help="Of a file of weights, as 5GB; default: that of transformers (50GB)."
+)
+@click.option(
+    "--license", "license_", metavar="NAME", help="Licence of the model, as apache-2.0; default: model.license."
+)
+@click.option(
+    "--push-to", metavar="ORG/NAME", help="Push it to the Hugging Face hub, with the login of `hf auth login`."
+)
+@click.option("--private", "is_private", is_flag=True, help="Of --push-to: make a private repository.")
+def export(run_dir: str, out: str, dtype: str | None, license_: str | None, **options: Any) -> None:
+    """Checkpoint → a Hugging Face folder with model card and reproduce.yaml, reloaded and compared before it says done."""
+    from launch.hand_over import export_run
 
-    export_run(Path(run_dir), Path(out), dtype)
+    export_run(Path(run_dir), Path(out), dtype, license=license_, **options)
 
 
 @main.command()
 @click.argument("model", metavar="RUN_DIR|MODEL")
-@click.option("--prompt", required=True, help="What to ask.")
+@click.option("--prompt", help="Ask this and end; default: a conversation.")
+@click.option("--system", metavar="TEXT", help="What the model is told before the first question.")
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Length limit of the answer."
+    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Length limit of an answer."
 )
-def chat(model: str, prompt: str, max_new_tokens: int) -> None:
-    """One answer from the model."""
-    from launch.after import answer_prompt
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0.0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest token each time; above, tokens are drawn.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0.0, max=1.0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Draw from the likeliest tokens that have this share together.",
+)
+@click.option("--seed", type=int, help="Draw the same again; default: otherwise each time.")
+def chat(model: str, prompt: str | None, system: str | None, max_new_tokens: int, **drawing: Any) -> None:
+    """A conversation with a model: answers appear as they are made, and /help tells what else can be typed.
 
-    click.echo(answer_prompt(model, prompt, max_new_tokens))
+    Without a terminal each line of the input is a question of its own, and its answer is a line of the output, with \\n for a line end.
+    """
+    from launch import chat as chatting
+
+    decoding = chatting.Decoding(max_new_tokens, **drawing)
+    if prompt is not None:
+        click.echo(chatting.answer_prompt(model, prompt, decoding, system))
+    elif sys.stdin.isatty():
+        chatting.converse(model, decoding, system)
+    else:
+        chatting.answer_lines(model, sys.stdin, decoding, system)
 
 
 def _as_yaml(config: Any) -> str:

@@ -42,6 +42,7 @@ from sft_dist.ledger import Ledger
 from sft_dist.limits import EarlyStopping, Verdict
 from sft_dist.metrics import Console, JsonLines, Metrics, TensorBoard, confusion_table, read_lines
 from sft_dist.model import build, has_dropout, model_config
+from sft_dist.reproduce import ENVIRONMENT
 from sft_dist.retention import Retention
 from sft_dist.rollback import rolled_back, targets
 from sft_dist.schedule import Cadence, learning_rate
@@ -137,6 +138,7 @@ def checkpoints(plan: Plan, identity: dict[str, Any]) -> Checkpoints:
     """The checkpoints of the run; each carries what an export needs."""
     attachments = {
         "run.yaml": plan.run_dir / "run.yaml",
+        ENVIRONMENT: plan.run_dir / ENVIRONMENT,
         "model": plan.run_dir / "model",
         "tokenizer": plan.shards_dir / "tokenizer",
     }
@@ -171,10 +173,12 @@ def examine(plan: Plan, comms: Comms) -> tuple[list[str], list[str]]:
 
 
 def write_run_files(plan: Plan, made: Any) -> None:
-    """`run.yaml` as resolved, and the model's configuration."""
+    """`run.yaml` as resolved, what it is run with, and the model's configuration."""
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(plan.config.model_dump(by_alias=True), sort_keys=False, allow_unicode=True)
     (plan.run_dir / "run.yaml").write_text(text)
+    of = health.facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "")
+    (plan.run_dir / ENVIRONMENT).write_text(json.dumps({"device": of.device, "versions": of.versions}, indent=2))
     shutil.rmtree(plan.run_dir / "model", ignore_errors=True)
     made.save_pretrained(plan.run_dir / "model")
 
@@ -223,9 +227,13 @@ def resume(plan: Plan, checkpoints: Checkpoints, engine: Engine) -> tuple[TrainS
     lines = [f"resuming from step {state.step} of {plan.steps(state)} ({path})", *notes]
     before = yaml.safe_load((path / "run.yaml").read_text())["train"]
     now = plan.config.train.model_dump()
-    for key in ("learning_rate", "schedule", "epochs", "max_steps", "warmup_ratio", "precision", "micro_batch_rows"):
-        if before[key] != now[key]:
-            lines.append(f"note: train.{key} was {before[key]} until here and is {now[key]} now")
+    changed = [
+        f"train.{key} was {before[key]} until here and is {now[key]} now"
+        for key in ("learning_rate", "schedule", "epochs", "max_steps", "warmup_ratio", "precision", "micro_batch_rows")
+        if before[key] != now[key]
+    ]
+    lines += [f"note: {note}" for note in changed]
+    state = replace(state, notes=(*state.notes, *(f"step {state.step}: {note}" for note in changed)))
     if before["micro_batch_rows"] != now["micro_batch_rows"] and has_dropout(engine.deepspeed.module.config):
         lines.append("warning: with dropout on, another micro-batch draws otherwise than an uninterrupted run would")
     return state, "\n".join(lines)

@@ -101,6 +101,7 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
 
     from launch import fit, parts
     from sft_dist.preflight import require_room
+    from sft_dist.reproduce import require_same
 
     check_deadline(plan.config)
     tight = None
@@ -108,7 +109,9 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
         tight = fit.refuse_what_cannot_fit(plan, fit.model_of(plan), fit.of_this_machine(plan.topology))
     held = lock(plan.run_dir) if plan.topology.is_main else None
     model, made = parts.model(plan)
-    checkpoints = parts.checkpoints(plan, parts.identity(plan, made))
+    identity = parts.identity(plan, made)
+    require_same(plan.config.reproduces, identity, plan.config)
+    checkpoints = parts.checkpoints(plan, identity)
     if not plan.resume.is_fresh and plan.topology.is_main:
         read_lines(plan.run_dir / "metrics.jsonl")
     if not plan.resume.is_fresh:
@@ -297,6 +300,7 @@ def lock(run_dir: Path) -> Hold:
 # What a run writes, beside its shards.
 _RUN_FILES = (
     "run.yaml",
+    "environment.json",
     "metrics.jsonl",
     "tensorboard",
     "checkpoints",

@@ -58,6 +58,8 @@ class SourceConfig(Section):
     """Configuration of an `hf:` dataset."""
     split: str = "train"
     """Split of an `hf:` dataset."""
+    license: str | None = None
+    """Licence of the records, as `cc-by-4.0`: told on the model card of an export; the rows do not depend on it."""
 
 
 class SentencePieceTraining(Section):
@@ -181,6 +183,8 @@ class ModelConfig(Section):
     """Default: `pretrained` with `name_or_path`, `scratch` with `config`."""
     dropout: Float | None = Field(default=None, ge=0.0, lt=1.0)
     """Sets every dropout of the model; default: 0 from scratch, what its config says when pre-trained."""
+    license: str | None = None
+    """Licence that the trained model is given away under, as `apache-2.0`: told on the model card of an export."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
@@ -404,6 +408,8 @@ class MixtureConfig(Section):
     """Share of the tokens, in any unit: 3.0 beside 1.0 is three quarters."""
     name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
     """What its metrics are called (`loss/NAME`); default: the folder's name, or of `x/shards` the name `x`."""
+    license: str | None = None
+    """Licence of its records: told on the model card of an export."""
 
     @property
     def label(self) -> str:
@@ -414,6 +420,29 @@ class MixtureConfig(Section):
         """
         folder = Path(self.shards)
         return self.name or (folder.parent.name if folder.name == "shards" else "") or folder.name
+
+
+class ReproducesConfig(Section):
+    """What a run of this file must reach: `export` writes it into `reproduce.yaml`, `train` and `verify` compare with it."""
+
+    step: int = Field(ge=0)
+    """The step that was exported."""
+    world_size: int = Field(ge=1)
+    """Processes that trained it: with as many, and the same versions and hardware, the weights are the same to the bit."""
+    zero: dict[str, Any]
+    """What the DeepSpeed file said."""
+    environment: dict[str, str] = {}
+    """Versions and hardware that trained it."""
+    identity: dict[str, Any]
+    """Fingerprints of the model, the rows, the tokenizer and the template."""
+    sources: dict[str, str] = {}
+    """Digests of the files that the rows were made of."""
+    ledger: str
+    """The keyed hash of all rows that were fed until then."""
+    weights: str
+    """A digest of the fp32 weights at that step."""
+    caveats: list[str] = []
+    """Why the file alone may not give the same weights again: what was done by hand, or on other numbers of processes."""
 
 
 class RunConfig(Section):
@@ -432,6 +461,8 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     budget: BudgetConfig = BudgetConfig()
+    reproduces: ReproducesConfig | None = None
+    """Only in a `reproduce.yaml`: the run that this one is to be again."""
 
     @model_validator(mode="after")
     def _one_origin_of_rows(self) -> RunConfig:

@@ -254,7 +254,20 @@ def _settings(config: PrepareConfig, tokenizer: Tokenizer | None) -> dict[str, A
         texts = [tokenizer.bos_token, tokenizer.eot_token]
         values |= {"tokenizer": digest_of({"ids": tokenizer.fingerprint, "texts": texts})}
         values |= {"template": template_for(config.template, tokenizer).fingerprint}
-    return json.loads(json.dumps(values))
+    return without_licences(values)
+
+
+def without_licences(values: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object without what it says of licences: rows are what they are, whatever that is.
+
+    >>> without_licences({"sources": [{"path": "a", "license": "mit"}]})
+    {'sources': [{'path': 'a'}]}
+    """
+
+    def without(section: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in section.items() if key != "license"}
+
+    return json.loads(json.dumps(values), object_hook=without)
 
 
 def _all_states(sources: Sequence[SourceConfig], known: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -448,6 +461,17 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
     """The curated conversations of a `validation.jsonl`."""
     with path.open("rb") as file:
         yield from map(from_json, file)
+
+
+def template_in(out: Path) -> str:
+    """The name of the template that the shards in `out` were prepared with."""
+    return json.loads((out / "prepare.json").read_text())["settings"]["prepare"]["template"]
+
+
+def is_text_in(out: Path) -> bool:
+    """Whether the shards in `out` are plain text, which has no questions."""
+    schemas = json.loads((out / "prepare.json").read_text()).get("schemas", [])
+    return bool(schemas) and set(schemas) <= {"text", "tokens"}
 
 
 def _already(out: Path, config: PrepareConfig, default_tokenizer: str | None) -> Report:

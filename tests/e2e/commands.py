@@ -6,7 +6,10 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from tests.workers import run_workers
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
@@ -55,3 +58,31 @@ def run(
         raise AssertionError(f"{command}: no end within {deadline:.0f} s") from None
     assert process.returncode == code, f"{command} ended with {process.returncode}:\n{output}"
     return output
+
+
+def forked(
+    command: str, folder: Path, *, code: int = 0, typed: str | None = None, before: Callable[[], None] | None = None
+) -> str:
+    """The same for a command of `sft-dist` that starts no processes, in a forked one that has imported everything.
+
+    `typed` is its standard input, which is no terminal; `before` is called there first.
+    """
+    [(found, output)] = run_workers(_invoked, 1, command, folder, typed, before)
+    assert found == code, f"{command} ended with {found}:\n{output}"
+    return output
+
+
+def _invoked(topology, command, folder, typed, before):
+    from click.testing import CliRunner
+
+    from launch.cli import main
+
+    os.chdir(folder)
+    if before is not None:
+        before()
+    name, *arguments = shlex.split(command)
+    assert name == "sft-dist", command
+    result = CliRunner().invoke(main, arguments, input=typed)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output

@@ -26,8 +26,9 @@ ROWS = [
     "model engine store foreign flops answers labels",
     "memory",
     "manifest",
-    "checkpoint",
-    "account rollback votes evaluate export verify preflight health plan",
+    "checkpoint reproduce",
+    "card",
+    "account rollback votes evaluate export hub verify preflight health plan",
     "trainer",
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row.split()}
