@@ -18,6 +18,7 @@ from launch.settle import order_of, rows_of
 from sft_dist import evaluate as measure
 from sft_dist import verify as proof
 from sft_dist.config import read
+from sft_dist.console import confusion_table
 from sft_dist.data.loader import Loader
 from sft_dist.data.mixture import BLOCK, Joined
 from sft_dist.data.tokenise import Tokenizer
@@ -25,7 +26,6 @@ from sft_dist.errors import CheckpointError, ConfigError, DataError
 from sft_dist.export import ABOUT, export, read_run
 from sft_dist.labels import LabelTask
 from sft_dist.manifest import masters, read_manifest, read_state, verify
-from sft_dist.metrics import confusion_table
 from sft_dist.retention import list_folders
 from sft_dist.topology import Topology
 
