@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from sft_dist.answers import Sampling, own_prompts, prompts
 from sft_dist.attention import prove_isolation as _prove
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
+from sft_dist.console import Console, confusion_table
 from sft_dist.data.build import read_conversations
 from sft_dist.data.loader import Loader, MicroBatch, Step
 from sft_dist.data.mixture import Joined
@@ -40,17 +42,21 @@ from sft_dist.identity import ALLOWANCES, STREAM, changes
 from sft_dist.labels import LabelTask
 from sft_dist.ledger import Ledger
 from sft_dist.limits import EarlyStopping, Verdict
-from sft_dist.metrics import Console, JsonLines, Metrics, TensorBoard, confusion_table, read_lines
+from sft_dist.metrics import JsonLines, Metrics, read_lines
+from sft_dist.mlflow_sink import MLflow
 from sft_dist.model import build, has_dropout, model_config
 from sft_dist.reproduce import ENVIRONMENT
 from sft_dist.retention import Retention
 from sft_dist.rollback import rolled_back, targets
 from sft_dist.schedule import Cadence, learning_rate
 from sft_dist.schema import Money, money
+from sft_dist.services import Follower, Service
 from sft_dist.spikes import BAD_ROWS, BadStep, BadSteps
 from sft_dist.state import Past, TrainState
+from sft_dist.tensorboard_sink import TensorBoard
 from sft_dist.topology import node_name
 from sft_dist.usage import USAGE, Budget, Journal
+from sft_dist.wandb_sink import WeightsAndBiases
 from sft_dist.watchdog import HUNG_EXIT_CODE, Watchdog
 from sft_dist.zero import zero_stage
 
@@ -64,6 +70,7 @@ transformers.logging.disable_progress_bar()
 
 _log = logging.getLogger("sft_dist")
 
+SERVICES = "services"  # of a run folder: what W&B and MLflow have been told
 WATCH = ".watch"  # of a run folder: heartbeats while it runs, and the stacks of a hang
 
 
@@ -334,7 +341,7 @@ def sampling(plan: Plan) -> Sampling:
 
 
 def metrics(
-    plan: Plan, state: TrainState, total_steps: int, *, is_going_back: bool = False
+    plan: Plan, state: TrainState, total_steps: int, budget: Budget, *, is_going_back: bool = False
 ) -> tuple[Metrics, Callable[[str], None]]:
     """Where numbers go on this rank, and a way to say a line; silent on all ranks but the main one.
 
@@ -347,12 +354,32 @@ def metrics(
     if (is_going_back or plan.resume.from_step is not None) and path.exists():
         shutil.copyfile(path, first_free(path))
     console = Console(total_steps, state.step, sys.stdout)
+    truth = JsonLines(path, state.step)
+    kept = read_lines(path)
     sinks = (
-        JsonLines(path, state.step),
-        TensorBoard(plan.run_dir / "tensorboard", state.step),
+        truth,
+        TensorBoard(plan.run_dir / "tensorboard", kept),
+        *_services(plan, path, is_going_back=is_going_back),
         console,
     )
-    return Metrics(sinks), console.say
+    made = Metrics(sinks, lambda: budget.numbers, state.step, state.target_tokens)
+    config = plan.config.model_dump(mode="json", by_alias=True)
+    if config != next((line["config"] for line in reversed(kept) if "config" in line), None):
+        made.config(state.step, config)
+    return made, console.say
+
+
+def _services(plan: Plan, metrics: Path, *, is_going_back: bool) -> Iterator[Follower]:
+    """Those of the run file. Who went back by hand gets another run there: what a service was told it cannot take back."""
+    config, folder = plan.config.logging, plan.run_dir / SERVICES
+    made: list[tuple[str, Service]] = []
+    if config.wandb is not None:
+        made.append(("wandb", WeightsAndBiases(folder, **config.wandb.model_dump())))
+    if config.mlflow is not None:
+        made.append(("mlflow", MLflow(**config.mlflow.model_dump())))
+    is_another_run = plan.resume.from_step is not None and not is_going_back
+    for name, service in made:
+        yield Follower(service, metrics, folder / f"{name}.json", is_another_run=is_another_run)
 
 
 def has_measured(plan: Plan, state: TrainState, evaluator: Evaluator) -> bool:

@@ -197,7 +197,7 @@ def _train(
     total = plan.steps(state)
     beat("write a sample")
     speed = rehearse(checkpoints, engine.fragments)
-    metrics, say = parts.metrics(plan, state, total)
+    metrics, say = parts.metrics(plan, state, total, budget)
     for line in [
         f"{plan.describe()}\nmodel: {count:,} parameters; packed documents kept apart (logits move {moved:.0e})",
         resumed_from,
@@ -269,7 +269,7 @@ def _to_the_end(
             state = parts.roll_back(plan, checkpoints, engine, state, resumed)
             total = plan.steps(state)
             metrics.close()
-            metrics, _ = parts.metrics(plan, state, total, is_going_back=True)
+            metrics, _ = parts.metrics(plan, state, total, budget, is_going_back=True)
     finally:
         metrics.close()
 
@@ -310,6 +310,7 @@ _RUN_FILES = (
     ".watch",
     "usage.jsonl",
     "bad_rows.jsonl",
+    "services",
 )
 
 

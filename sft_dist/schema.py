@@ -399,6 +399,39 @@ class BudgetConfig(Section):
         return min(limits, default=None)
 
 
+class WandbConfig(Section):
+    """Weights & Biases; needs the extra `sft-dist[wandb]`, and `wandb login` or WANDB_API_KEY."""
+
+    project: str
+    entity: str | None = None
+    """Team or user; null: the one that is logged in."""
+    run_name: str | None = None
+    group: str | None = None
+    """Runs of a group are shown together."""
+    tags: list[str] = []
+    mode: Literal["online", "offline"] = "online"
+    """`offline` writes to `RUN_DIR/services/wandb`, for `wandb sync` from where there is a network."""
+
+
+class MlflowConfig(Section):
+    """MLflow; needs the extra `sft-dist[mlflow]`."""
+
+    experiment: str
+    """Made where there is none of that name."""
+    tracking_uri: str | None = None
+    """As in `http://mlflow.example:5000` or `sqlite:///mlflow.db`; null: what MLFLOW_TRACKING_URI says."""
+    run_name: str | None = None
+
+
+class LoggingConfig(Section):
+    """Where the metrics go besides metrics.jsonl, TensorBoard and the console. Keys and passwords never stand here."""
+
+    wandb: WandbConfig | None = None
+    """As in `{project: sms}`."""
+    mlflow: MlflowConfig | None = None
+    """As in `{experiment: sms}`."""
+
+
 class MixtureConfig(Section):
     """One prepared set of a mixture, and how much of it."""
 
@@ -449,7 +482,7 @@ class RunConfig(Section):
     """A run file."""
 
     run_dir: str
-    """Everything of the run: run.yaml, metrics.jsonl, tensorboard/, checkpoints/, verdicts/."""
+    """Everything of the run: run.yaml, metrics.jsonl, tensorboard/, checkpoints/, verdicts/, services/."""
     prepare: PrepareConfig | None = None
     """Raw records of the run (this, or `mixture`)."""
     mixture: list[MixtureConfig] = Field(default=[], max_length=64)
@@ -463,6 +496,7 @@ class RunConfig(Section):
     budget: BudgetConfig = BudgetConfig()
     reproduces: ReproducesConfig | None = None
     """Only in a `reproduce.yaml`: the run that this one is to be again."""
+    logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
     def _one_origin_of_rows(self) -> RunConfig:

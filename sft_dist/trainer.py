@@ -128,6 +128,7 @@ def train(
             is_bad=is_bad,
         )
         votes.step = state.step
+        metrics.stepped(state.step, state.target_tokens)
         if applied.is_applied:
             state = replace(state, norms=bad_steps.remember(state.norms, applied.grad_norm))
         if is_bad and (bad := account.bad_step(state.step, fed_from, step.num_rows, loss, applied, comms)):
@@ -143,7 +144,7 @@ def train(
             )
             values |= {"slowest_rank_ratio": slowest} if slowest is not None else {}
             values |= {"steps_not_applied": state.not_applied} if state.not_applied else {}
-            metrics.scalars(state.step, {"learning_rate": rate, **values, **budget.numbers})
+            metrics.scalars(state.step, {"learning_rate": rate, **values})
         if bad_steps.is_over(state.streak):
             report(checkpoints.finish(waiting))
             return "diverged", state

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
-    "errors files data.records",
+    "errors files data.records glossary",
     "gpus",
     "schema topology identity",
     "batch",
@@ -23,7 +23,7 @@ ROWS = [
     "data.work data.mixture",
     "data.merge",
     "data.build data.loader data.view comms loss metrics attention layout stragglers optimizer",
-    "model engine store foreign flops answers labels",
+    "console model engine store foreign flops answers labels document_losses tensorboard_sink services wandb_sink mlflow_sink",
     "memory",
     "manifest",
     "checkpoint reproduce",
@@ -57,7 +57,12 @@ TORCH_FREE = {
 OWNERS = {
     "deepspeed": {"engine"},
     "torch.distributed": {"comms"},
-    "torch.utils.tensorboard": {"metrics"},
+    "torch.utils.tensorboard": {"tensorboard_sink"},
+    "tensorboard": {"tensorboard_sink"},
+    "wandb": {"wandb_sink"},
+    "mlflow": {"mlflow_sink"},
+    "rich": {"console", "data.view"},
+    "plotext": {"console"},
     "os.environ": {"topology"},
     "gigatoken": {"data.tokenise"},
     "ftfy": {"data.curate"},
