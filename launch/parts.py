@@ -327,7 +327,7 @@ def sampling(plan: Plan) -> Sampling:
 
 
 def metrics(
-    plan: Plan, state: TrainState, total_steps: int, *, is_going_back: bool = False
+    plan: Plan, state: TrainState, total_steps: int, journal: Journal | None, *, is_going_back: bool = False
 ) -> tuple[Metrics, Callable[[str], None]]:
     """Where numbers go on this rank, and a way to say a line; silent on all ranks but the main one.
 
@@ -339,6 +339,8 @@ def metrics(
     path = plan.run_dir / "metrics.jsonl"
     if (is_going_back or plan.resume.from_step is not None) and path.exists():
         shutil.copyfile(path, first_free(path))
+    if journal is not None:
+        journal.goes_on(state.step, read_lines(path))
     console = Console(total_steps, state.step, sys.stdout)
     sinks = (
         JsonLines(path, state.step),

@@ -177,6 +177,7 @@ def _train(
     def beat(phase: str) -> None:
         if watching is not None:
             watching.beat(0, phase)
+        budget.enter(phase)
 
     beat("examine the machines")
     nodes, healthy = parts.examine(plan, checkpoints.comms)
@@ -193,7 +194,7 @@ def _train(
     total = plan.steps(state)
     beat("write a sample")
     speed = rehearse(checkpoints, engine.fragments)
-    metrics, say = parts.metrics(plan, state, total)
+    metrics, say = parts.metrics(plan, state, total, budget.journal)
     for line in [
         f"{plan.describe()}\nmodel: {count:,} parameters; packed documents kept apart (logits move {moved:.0e})",
         resumed_from,
@@ -262,10 +263,11 @@ def _to_the_end(
                 return reason, state, total
             if watching is not None:
                 watching.beat(state.step, "restore")
+            budget.enter("restore")
             state = parts.roll_back(plan, checkpoints, engine, state, resumed)
             total = plan.steps(state)
             metrics.close()
-            metrics, _ = parts.metrics(plan, state, total, is_going_back=True)
+            metrics, _ = parts.metrics(plan, state, total, budget.journal, is_going_back=True)
     finally:
         metrics.close()
 

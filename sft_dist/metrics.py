@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from sft_dist.errors import DataError
+from sft_dist.phases import PHASES
 
 _log = logging.getLogger("sft_dist")
 
@@ -43,6 +44,7 @@ TAGS = {
     "validation_exact_match": "validation/exact_match",
     "general_loss": "general/loss",
     "general_perplexity": "general/perplexity",
+    **{f"{phase}_seconds": f"time/{phase}_seconds" for phase in PHASES},
 }
 _BY_SET = {"loss": "train/loss", "epochs": "train/epochs"}
 _BY_SOURCE = {name: TAGS[name] for name in ("validation_loss", "validation_perplexity")}

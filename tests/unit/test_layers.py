@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
-    "errors files data.records",
-    "gpus",
+    "errors files phases goodput data.records",
+    "gpus chart",
     "schema topology identity",
     "batch",
     "zero",
@@ -25,7 +25,8 @@ ROWS = [
     "data.build data.loader data.view comms loss metrics attention layout stragglers optimizer",
     "model engine store foreign flops answers labels",
     "memory",
-    "manifest",
+    "run_record",
+    "report manifest",
     "checkpoint",
     "account rollback votes evaluate export verify preflight health plan",
     "trainer",
