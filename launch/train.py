@@ -307,6 +307,7 @@ _RUN_FILES = (
     ".watch",
     "usage.jsonl",
     "bad_rows.jsonl",
+    "report.html",
 )
 
 

@@ -15,10 +15,11 @@ _OF = {
     "forward and backward": "compute",
     "account": "compute",
     "evaluate": "evaluate",
+    "vote in an evaluation": "evaluate",
     "save": "save",
     "log": "log",
 }
-_OF_A_STEP = ("data", "compute", "wait", "log")
+OF_A_STEP = ("data", "compute", "wait", "log")
 
 
 class PhaseClock:
@@ -70,7 +71,7 @@ def lost_work(lines: Iterable[Mapping[str, Any]], step: int) -> tuple[int, dict[
         if lost > 0:
             share = lost / (line["step"] - before)
             steps += lost
-            for phase in _OF_A_STEP:
+            for phase in OF_A_STEP:
                 if f"{phase}_seconds" in line:
                     seconds[phase] = seconds.get(phase, 0.0) + share * line[f"{phase}_seconds"]
         before = line["step"]

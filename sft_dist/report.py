@@ -22,7 +22,7 @@ from sft_dist.data.view import Bar, funnel, visible
 from sft_dist.errors import ConfigError
 from sft_dist.files import publish
 from sft_dist.goodput import PARTS
-from sft_dist.phases import PHASES
+from sft_dist.phases import OF_A_STEP
 from sft_dist.run_record import Run
 
 _SMOOTHED_FROM = 80  # points of a training loss
@@ -107,7 +107,7 @@ _SINGLE = (
     ("validation_accuracy", "Accuracy on the validation set", "share of records", 1.0, False),
     ("validation_f1", "F1 on the validation set", "F1", 1.0, False),
     ("general_perplexity", "General text: what is forgotten", "perplexity", 1.0, False),
-    ("learning_rate", "Learning rate", "", 1.0, True),
+    ("learning_rate", "Learning rate", "at each step", 1.0, True),
     ("grad_norm", "Gradient norm before clipping", "L2 norm", 1.0, False),
     ("tokens_per_second", "Throughput", "tokens per second, all GPUs", 1.0, True),
     ("step_seconds", "Time of a step", "seconds", 1.0, True),
@@ -215,14 +215,14 @@ def _time_chart(run: Run, marks: tuple[Mark, ...]) -> Iterator[Chart]:
     """Seconds by phase, a step, of each stretch between two log lines."""
     steps = [step for step, _ in run.series.get("compute_seconds", [])]
     lines: list[Line] = []
-    for slot, phase in enumerate(phase for phase in PHASES if phase != "start_up"):
+    for slot, phase in enumerate(OF_A_STEP):
         found = dict(run.series.get(f"{phase}_seconds", []))
         pairs = zip([0, *steps], steps, strict=False)
         points = [(step, found.get(step, 0.0) / max(1, step - before)) for before, step in pairs]
         if found and len(points) > 2:
             lines += [line for line in _curve(points, slot, PARTS[phase][0]) if line.style != "faint"]
     if lines:
-        note = "Of the main rank, between two log lines, divided by their steps; start-up is left out."
+        note = "Of the main rank; evaluations and checkpoints, which come between steps, are left out."
         note += " The mean around each step." if len(steps) >= _SMOOTHED_FROM else ""
         yield Chart(
             "time-by-phase",
@@ -290,13 +290,13 @@ def _outcome(run: Run) -> Iterator[Fact]:
         yield Fact(
             "Training loss", exact(points[-1][1]), points[-1][1], f"{exact(points[0][1])} at step {points[0][0]:,}"
         )
-    yield Fact("Steps", f"{run.step:,}", run.step, f"{run.lost_steps:,} computed twice" if run.lost_steps else "")
+    yield Fact("Steps", f"{run.step:,}", run.step, f"and {run.lost_steps:,} computed in vain" if run.lost_steps else "")
 
 
 def _speed(run: Run) -> Iterator[Fact]:
     if points := run.series.get("tokens_per_second", []):
         median = statistics.median(value for _, value in points)
-        yield Fact("Throughput", f"{exact(round(median))} tokens/s", median, "median of the logged steps, all GPUs")
+        yield Fact("Tokens per second", exact(round(median)), median, "median of the logged steps, all GPUs")
     if points := run.series.get("memory_bytes", []):
         peak = max(value for _, value in points)
         yield Fact("Peak memory", f"{peak / 2**30:,.2f} GiB", peak, "of the main rank")

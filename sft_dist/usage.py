@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sft_dist.phases import PhaseClock, lost_work
+from sft_dist.phases import PHASES, PhaseClock, lost_work
 
 _log = logging.getLogger("sft_dist")
 
@@ -51,6 +52,7 @@ class Journal:
 
     def goes_on(self, step: int, lines: list[dict]) -> None:
         """This life goes on from `step`; of what the run's metrics tell until now, the rest was computed in vain."""
+        self._complete(lines)
         steps, seconds = lost_work(lines, step)
         before = self._work.get("lost_seconds", {})
         self._work = {
@@ -58,6 +60,20 @@ class Journal:
             "lost_steps": self._work.get("lost_steps", 0) + steps,
             "lost_seconds": {phase: before.get(phase, 0.0) + seconds.get(phase, 0.0) for phase in before | seconds},
         }
+
+    def _complete(self, lines: list[dict]) -> None:
+        """A life before that was killed lived at least until its last line of metrics: later than its last beat, perhaps."""
+        others = [line for line in read_usage(self.path) if (line["life"], line["began"]) != (self.life, self.began)]
+        if not others or not (last := max(others, key=lambda line: (line["began"], line["at"]))).get("from_steps"):
+            return
+        phases = dict.fromkeys(PHASES, 0.0)
+        for line in lines:
+            if line["step"] > last["from_steps"][-1]:
+                phases = {phase: seconds + line.get(f"{phase}_seconds", 0.0) for phase, seconds in phases.items()}
+        lived = math.fsum(phases.values())
+        if lived > last["at"] - last["began"]:
+            self._write({**last, "at": last["began"] + lived, "phase_seconds": phases})
+            self.before = gpu_seconds([*others, {**last, "at": last["began"] + lived}])
 
     def start(self) -> Journal:
         """Begin to write."""
@@ -78,11 +94,15 @@ class Journal:
             self._append()
 
     def _append(self) -> None:
-        """Add a line; a full disk costs no run, and the next line that can be written tells all of this life."""
+        """Add a line of this life until now."""
         line = {"life": self.life, "began": self.began, "at": time.time(), "gpus": self.gpus}
         line |= {"measure_seconds": self.measure_seconds} if self.measure_seconds else {}
         line |= {"step_seconds": self.step_seconds} if self.step_seconds else {}
         line |= {"phase_seconds": self.phases.totals(), **self._work}
+        self._write(line)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        """A full disk costs no run, and the next line that can be written tells all of a life."""
         try:
             with self.path.open("a") as file:  # a line that a crash or a full disk has cut is ended first
                 file.write("\n" * self._may_be_cut + json.dumps(line) + "\n")

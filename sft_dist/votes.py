@@ -55,7 +55,7 @@ class Votes:
 
     def is_to_stop(self, phase: str) -> bool:
         """Whether any rank was asked to stop; `phase` goes on if not."""
-        self.beat("vote")
+        self.beat("vote" if phase != "evaluate" else "vote in an evaluation")
         is_wanted = self._comms.agree(self._stop.is_wanted())
         self.beat(phase)
         return is_wanted
