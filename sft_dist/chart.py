@@ -221,13 +221,13 @@ class Drawing:
 
 def lay_out(chart: Chart) -> Drawing:
     """Where everything of a chart stands."""
-    (left, right), (low, high) = chart.x_range(), chart.y_range()
+    (left, right), (low, high), is_log = chart.x_range(), chart.y_range(), chart.is_log
 
     def across(x: float) -> float:
         return (x - left) / (right - left)
 
     def down(y: float) -> float:
-        return 1 - (math.log(y / low) / math.log(high / low) if chart.is_log else (y - low) / (high - low))
+        return 1 - (math.log(y / low) / math.log(high / low) if is_log else (y - low) / (high - low))
 
     drawn = []
     for line in chart.lines:
@@ -243,7 +243,7 @@ def lay_out(chart: Chart) -> Drawing:
     return Drawing(
         chart,
         [(100 * across(x), short(x)) for x in ticks(left, right, 6)],
-        [(100 * down(y), short(y)) for y in (log_ticks if chart.is_log else ticks)(low, high)],
+        [(100 * down(y), short(y)) for y in (log_ticks if is_log else ticks)(low, high)],
         [(100 * across(mark.x), mark) for mark in chart.marks if left <= mark.x <= right],
         drawn,
         list(_columns(chart, left, right)),
@@ -252,17 +252,18 @@ def lay_out(chart: Chart) -> Drawing:
 
 def _columns(chart: Chart, left: float, right: float) -> Iterator[Column]:
     """Strips side by side, each for an x of a point and the values of all lines at or next before it."""
-    told = [line for line in chart.lines if line.style != "faint"]
-    xs = sorted({x for line in told for x, _ in line.points})
+    told = [
+        (line, [x for x, _ in line.points], largest_gap(line.points)) for line in chart.lines if line.style != "faint"
+    ]
+    xs = sorted({x for _, of_line, _ in told for x in of_line})
     if len(xs) > _MOST_COLUMNS:
         xs = [xs[round(place)] for place in np.linspace(0, len(xs) - 1, _MOST_COLUMNS)]
     edges = [left, *((one + other) / 2 for one, other in itertools.pairwise(xs)), right]
     for x, (begin, end) in zip(xs, itertools.pairwise(edges), strict=True):
         values = []
-        for line in told:
-            place = bisect.bisect_right(line.points, x, key=lambda point: point[0]) - 1
-            is_near = place >= 0 and x - line.points[place][0] <= max(largest_gap(line.points), end - begin)
-            if is_near:
+        for line, of_line, gap in told:
+            place = bisect.bisect_right(of_line, x) - 1
+            if place >= 0 and x - of_line[place] <= max(gap, end - begin):
                 values.append((line, line.points[place][1]))
         percent = 100 / (right - left)
         yield Column((begin - left) * percent, (end - begin) * percent, (x - left) * percent, x, tuple(values))

@@ -39,11 +39,17 @@ def spans(lines: Iterable[Mapping[str, Any]]) -> list[Span]:
             last[key] = line
     return [
         Span(
-            line["life"], line["began"], max(line["began"], line["at"]), line["gpus"], line.get("phase_seconds"),
-            tuple(line.get("from_steps", ())), line.get("lost_steps", 0), line.get("lost_seconds", {}),
+            line["life"], line["began"], max(line["began"], line["at"]), line["gpus"], _seconds(line, "phase_seconds") or None,
+            tuple(line.get("from_steps", ())), line.get("lost_steps", 0), _seconds(line, "lost_seconds"),
         )
         for line in sorted(last.values(), key=lambda line: line["began"])
     ]  # fmt: skip
+
+
+def _seconds(line: Mapping[str, Any], name: str) -> dict[str, float]:
+    """Numbers by phase, where a line has them."""
+    value = line.get(name)
+    return {k: v for k, v in value.items() if isinstance(v, int | float)} if isinstance(value, dict) else {}
 
 
 # in the order in which they are shown: key -> (what it is called, what it means)

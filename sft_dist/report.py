@@ -82,7 +82,8 @@ def flattened(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         if isinstance(value, dict | list) and value:
             yield from flattened(value, f"{name}.")
         else:
-            yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            is_plain = isinstance(value, str) and value and value.isprintable()
+            yield name, value if is_plain else json.dumps(value, ensure_ascii=False, default=str)
 
 
 # What is drawn
