@@ -227,7 +227,7 @@ def _time_chart(run: Run, marks: tuple[Mark, ...]) -> Iterator[Chart]:
         note += " The mean around each step." if len(steps) >= _SMOOTHED_FROM else ""
         yield Chart(
             "time-by-phase",
-            "Where a step's time goes",
+            "A step's time by phase",
             "seconds a step",
             tuple(lines),
             note=note,

@@ -12,6 +12,7 @@ from launch import report as reporting
 from sft_dist import chart
 from sft_dist.chart import Chart, Line, Mark, largest_gap, lay_out, stretches, write_png
 from sft_dist.errors import ConfigError
+from sft_dist.goodput import PARTS
 from sft_dist.report import (
     answers,
     charts,
@@ -171,15 +172,15 @@ def test_the_page_tells_the_numbers_of_the_files_and_needs_nothing_else(tmp_path
 
 
 def test_many_steps_are_drawn_and_told_in_part(tmp_path):
-    folder = run_folder(tmp_path / "run", [line(step, 6.0 / step**0.5) for step in range(1, 20_001)])
+    folder = run_folder(tmp_path / "run", [line(step, 6.0 / step**0.5) for step in range(1, 4_001)])
     run = read_run(folder)
     table = tables(run)["Logged steps"]
-    assert (len(table.rows), table.left_out) == (120, 19_880)
-    assert (table.rows[0][0], table.rows[-1][0]) == (1, 20_000)
+    assert (len(table.rows), table.left_out) == (120, 3_880)
+    assert (table.rows[0][0], table.rows[-1][0]) == (1, 4_000)
     text = page([run], charts([run]))
     assert len(text) < 1_000_000
     told = Page(text)
-    assert "19,880 rows between are left out" in told.whole_text
+    assert "3,880 rows between are left out" in told.whole_text
     assert all(dict(run.series[name])[step] == value for (step, name), value in told.numbers().items())
     assert "The run was never evaluated" in told.whole_text
     assert not [each for each in charts([run]) if "validation" in each.name]
@@ -417,3 +418,18 @@ def test_the_default_of_several_is_beside_you(tmp_path, monkeypatch):
     assert "x/run" in Page(Path("report.html").read_text()).whole_text
     names = {path.name for path in Path("pictures").iterdir()}
     assert {"validation-loss.png", "validation-loss-dark.png", "training-loss.png"} <= names
+
+
+def test_the_commands_of_the_page_about_it(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    few = [{"step": step, "validation_loss": 9.0 - step, "loss": 1.0} for step in range(3)]
+    for name in ("sms-spam", "other"):
+        run_folder(Path("runs") / name, few)
+    for command in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)[0].splitlines():
+        words = command.partition("   #")[0].split()
+        result = sft_dist(*words[1:])
+        assert (words[0], result.exit_code) == ("sft-dist", 0), result.output
+    assert {"report.html", "figures"} <= {path.name for path in Path("runs/sms-spam").iterdir()}
+    assert Path("both.html").is_file()
+    assert all(f"| {called} |" in text for called, _ in PARTS.values())
