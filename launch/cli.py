@@ -241,6 +241,28 @@ def status(run_dir: str | None, follow: bool) -> None:
 
 
 @main.command()
+@click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    help="Default: RUN_DIR/report.html; of several ./report.html.",
+)
+@click.option(
+    "--png",
+    "pictures",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Also each chart as a picture; needs the extra sft-dist[report].",
+)
+def report(run_dirs: tuple[Path, ...], out: Path | None, pictures: Path | None) -> None:
+    """One page on what happened: curves, time and cost, answers, data, how to do it again; several runs over each other."""
+    from launch import report as reporting
+
+    reporting.run(run_dirs, out, pictures, click.echo)
+
+
+@main.command()
 @click.argument("run_dir", metavar="RUN_DIR")
 @click.option("--now", "at_once", is_flag=True, help="Do not wait for a checkpoint: the newest one stays.")
 def stop(run_dir: str, at_once: bool) -> None:

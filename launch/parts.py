@@ -353,6 +353,8 @@ def metrics(
     path = plan.run_dir / "metrics.jsonl"
     if (is_going_back or plan.resume.from_step is not None) and path.exists():
         shutil.copyfile(path, first_free(path))
+    if budget.journal is not None:
+        budget.journal.goes_on(state.step, read_lines(path))
     console = Console(total_steps, state.step, sys.stdout)
     truth = JsonLines(path, state.step)
     kept = read_lines(path)

@@ -181,6 +181,7 @@ def _train(
     def beat(phase: str) -> None:
         if watching is not None:
             watching.beat(0, phase)
+        budget.enter(phase)
 
     beat("examine the machines")
     nodes, healthy = parts.examine(plan, checkpoints.comms)
@@ -266,6 +267,7 @@ def _to_the_end(
                 return reason, state, total
             if watching is not None:
                 watching.beat(state.step, "restore")
+            budget.enter("restore")
             state = parts.roll_back(plan, checkpoints, engine, state, resumed)
             total = plan.steps(state)
             metrics.close()
@@ -311,6 +313,7 @@ _RUN_FILES = (
     "usage.jsonl",
     "bad_rows.jsonl",
     "services",
+    "report.html",
 )
 
 

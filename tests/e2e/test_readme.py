@@ -49,11 +49,11 @@ def test_every_command_of_the_readme_runs(folder):
     said = "\n".join(outputs.values())
     for words in (
         "5,574 read → 4,073 train, 1,058 validation; dropped: 415 duplicate, 28 near_validation",
-        "tokens a row", "⟦sample 0⟧", "best: zero=ds_configs/", "40.9 an epoch", "held-out accuracy", "accuracy 0.", "exported step 4", "yes, every byte read", "VERIFIED: all that could be checked is right",
+        "tokens a row", "⟦sample 0⟧", "best: zero=ds_configs/", "40.9 an epoch", "held-out accuracy", "kB; open it in a browser", "accuracy 0.", "exported step 4", "yes, every byte read", "VERIFIED: all that could be checked is right",
         "completed: 4 of 4 steps", "nothing of it waits or runs that can be seen from here", "1 accumulated x 8 processes", "resuming from step 4 of 6", "completed: 6 of 6 steps", "resuming from step 6 of 7", "completed: 7 of 7 steps",
     ):  # fmt: skip
         assert words in said, words
-    assert len(outputs) == 16
+    assert len(outputs) == 17
     measured = [json.loads(line)["validation_loss"] for line in metrics(folder) if "validation_accuracy" in line]
     assert measured[-1] < measured[0]
     assert len(measured) == 4

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
-    "errors files data.records glossary",
-    "gpus",
+    "errors files phases goodput data.records glossary",
+    "gpus chart",
     "schema topology identity",
     "batch",
     "zero",
@@ -25,7 +25,8 @@ ROWS = [
     "data.build data.loader data.view comms loss metrics attention layout stragglers optimizer",
     "console model engine store foreign flops answers labels document_losses tensorboard_sink services wandb_sink mlflow_sink",
     "memory",
-    "manifest",
+    "run_record",
+    "report manifest",
     "checkpoint reproduce",
     "card",
     "account rollback votes evaluate export hub verify preflight health plan",
