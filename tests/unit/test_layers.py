@@ -25,6 +25,7 @@ ROWS = [
     "data.build data.loader data.view comms loss metrics attention layout stragglers optimizer",
     "model engine store foreign flops answers labels",
     "memory",
+    "depth",
     "manifest",
     "checkpoint",
     "account rollback votes evaluate export verify preflight health plan",
