@@ -34,7 +34,8 @@ class Told(click.Group):
 def main() -> None:
     """Exact, elastic, distributed supervised fine-tuning: prepare, train, eval, export, chat.
 
-    RUN.yaml describes a run; KEY=VALUE changes one of its keys, as in train.learning_rate=1e-5.
+    RUN.yaml describes a run; KEY=VALUE changes one of its keys, as in train.learning_rate=1e-5. `sft-dist init` writes one,
+    `sft-dist keys` tells what can stand in it, `sft-dist doctor` whether this machine has what it takes.
     """
 
 
@@ -48,6 +49,28 @@ class TaskOption(click.ParamType):
         if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
             self.fail(f"{value!r}: not of the form I/N with 1 <= I <= N; write for example 3/64", parameter, context)
         return int(index), int(count)
+
+
+@main.command()
+@click.argument("key", required=False)
+@click.option("--markdown", is_flag=True, help="All of them as the page that is docs/reference/configuration.md.")
+def keys(key: str | None, markdown: bool) -> None:
+    """What can stand in a run file: all sections, one section's keys, or one key, as train.learning_rate."""
+    from sft_dist.reference import config_reference, explain
+
+    if markdown and key is not None:
+        raise click.UsageError("--markdown writes all keys; leave KEY out")
+    click.echo(config_reference() if markdown else explain(key), nl=not markdown)
+
+
+@main.command()
+def schema() -> None:
+    """The JSON Schema of run files: completion and checks in an editor (docs/configuration.md)."""
+    import json
+
+    from sft_dist.reference import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
 @main.command()
@@ -128,7 +151,10 @@ def train(
     allow: tuple[str, ...],
     print_config: bool,
 ) -> None:
-    """Shards → a fine-tuned model, on this machine; goes on from the last checkpoint by itself."""
+    """Shards → a fine-tuned model, on this machine; goes on from the last checkpoint by itself.
+
+    All keys of RUN.yaml, each with type, default and example: `sft-dist keys`, `sft-dist keys train`.
+    """
     from launch import local
     from launch.settle import Resume
     from sft_dist.config import load
