@@ -52,6 +52,44 @@ class TaskOption(click.ParamType):
 
 
 @main.command()
+@click.argument("out", metavar="[RUN.yaml]", default="run.yaml", type=click.Path(path_type=Path))
+@click.option("--data", metavar="PATH", help="A file, glob or folder of records, or hf:ID.")
+@click.option(
+    "--task",
+    type=click.Choice(["classification", "instructions", "chat", "text"]),
+    help="Default: what the data look like.",
+)
+@click.option(
+    "--preset",
+    metavar="NAME",
+    help="The model: tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-1b, llama-8b, llama-70b.",
+)
+@click.option("--model", metavar="ID", help="Any other model: its id on the hub, or its folder.")
+@click.option("--validation", metavar="PATH", help="Records to be held out; default: a share of the data.")
+@click.option("--run-dir", metavar="FOLDER", help="Default: runs/ and the name of the data.")
+@click.option("--format", help="Of data whose suffix does not say it: jsonl, csv, megatron and so on.")
+@click.option("--text-column", metavar="NAME", help="Of a table: a name, or a number from 0 where there is no header.")
+@click.option("--label-column", metavar="NAME")
+@click.option("--prompt-column", metavar="NAME")
+@click.option("--response-column", metavar="NAME")
+@click.option("--messages-column", metavar="NAME")
+@click.option("--yes", is_flag=True, help="Ask nothing; also so where there is no terminal.")
+def init(out: Path, yes: bool, **options: Any) -> None:
+    """Write a commented run file for your data; asks for what the options do not say. Nothing is overwritten."""
+    from launch import init as writing
+
+    columns = {name.removesuffix("_column"): options.pop(name) for name in list(options) if name.endswith("_column")}
+    columns = {role: name for role, name in columns.items() if name is not None}
+    writing.require_free(out)
+    try:
+        wish = writing.wished(writing.Options(**options, columns=columns), asks=not yes and sys.stdin.isatty())
+    except click.Abort:
+        click.echo("\ninterrupted: nothing was written", err=True)
+        sys.exit(130)
+    click.echo(writing.write(out, writing.run_file(wish)))
+
+
+@main.command()
 @click.argument("key", required=False)
 @click.option("--markdown", is_flag=True, help="All of them as the page that is docs/reference/configuration.md.")
 def keys(key: str | None, markdown: bool) -> None:

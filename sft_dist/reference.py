@@ -131,9 +131,9 @@ def _keys(of: Mapping[str, Any], parts: Mapping[str, Any], above: str) -> Iterat
         is_list = prop.get("type") == "array"
         path = f"{above}{name}{'[]' if section and is_list else ''}"
         values = [*prop.get("examples", []), *([prop["default"]] if prop.get("default") is not None else [])]
-        example = f"{name}: {_written(values[0])}" if values else ""
+        example = f"{name}: {written(values[0])}" if values else ""
         default = (
-            "needed" if name in of.get("required", ()) else "" if "default" not in prop else _written(prop["default"])
+            "needed" if name in of.get("required", ()) else "" if "default" not in prop else written(prop["default"])
         )
         meaning = " ".join((prop.get("description") or "").split())
         yield Key(path, _type(prop), default, _unit(name, prop), meaning, example, section)
@@ -141,8 +141,12 @@ def _keys(of: Mapping[str, Any], parts: Mapping[str, Any], above: str) -> Iterat
             yield from _keys(parts[section], parts, f"{path}.")
 
 
-def _written(value: Any) -> str:
-    """As it stands in a run file, on one line."""
+def written(value: Any) -> str:
+    """A value as it stands in a run file, on one line.
+
+    >>> written({"path": "a: b.csv", "text": 1})
+    "{path: 'a: b.csv', text: 1}"
+    """
     flow = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000, sort_keys=False)
     return flow.removesuffix("\n").removesuffix("\n...")
 
