@@ -90,6 +90,22 @@ def init(out: Path, yes: bool, **options: Any) -> None:
 
 
 @main.command()
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    default="runs",
+    show_default=True,
+    help="Where runs are to be written.",
+)
+@click.option("--json", "is_json", is_flag=True, help="For programs.")
+def doctor(run_dir: Path, is_json: bool) -> None:
+    """Is this machine fit? Versions, GPUs, NCCL, compiler, disk, SLURM, hub: what works, and what to do. Exit code 0: fit, 2: not."""
+    from launch.doctor import run
+
+    sys.exit(run(run_dir, click.echo, is_json=is_json))
+
+
+@main.command()
 @click.argument("key", required=False)
 @click.option("--markdown", is_flag=True, help="All of them as the page that is docs/reference/configuration.md.")
 def keys(key: str | None, markdown: bool) -> None:
