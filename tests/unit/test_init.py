@@ -88,7 +88,9 @@ def test_what_it_writes_is_prepared_and_can_be_trained(here, task, schema, words
     more = ["prepare.tokenizer.sentencepiece.vocab_size=400"] if task == "text" else []
     prepared = sft_dist("prepare", "run.yaml", "--workers", 1, *more)
     assert prepared.exit_code == 0, prepared.output
-    assert re.search(r"[1-9][\d,]* train, \d" if task == "text" else r"[1-9][\d,]* train, [1-9][\d,]* validation", prepared.output)
+    assert re.search(
+        r"[1-9][\d,]* train, \d" if task == "text" else r"[1-9][\d,]* train, [1-9][\d,]* validation", prepared.output
+    )
     checked = sft_dist("train", "run.yaml", "--print-config", "--nproc", 1, "train.micro_batch_rows=1", *more)
     assert checked.exit_code == 0, checked.output
     assert "a micro-batch x 8 accumulated x 1 processes" in checked.output
