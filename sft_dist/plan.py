@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from sft_dist.depth import traced
 from sft_dist.errors import ConfigError, ModelError
 from sft_dist.flops import flops_per_row, matmul_parameters
 from sft_dist.gpus import GIB, Gpu
-from sft_dist.memory import Parts, Size, Traced, parts, trace
+from sft_dist.memory import Parts, Size, Traced, parts
 from sft_dist.schema import ModelConfig
 
 ERROR = 0.10  # of a prediction, at most: what is more than so much too large is refused
@@ -64,7 +65,7 @@ class Model:
                 "precision": self.precision,
                 "checkpointing": checkpointing,
             }
-            one, two = (trace(self.config, self.made, rows=count, **names) for count in (1, 2))
+            one, two = (traced(self.config, self.made, self.meta, rows=count, **names) for count in (1, 2))
             self._traced[checkpointing] = one, two
         one, two = self._traced[checkpointing]
         return parts(self.size, one.grown(two, rows), zero, world_size=world_size, precision=self.precision)
