@@ -21,7 +21,7 @@ docs: install  ## The documentation as a site in build/docs; a warning (a page w
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 unit: install  ## Seconds: every module, every error
-	$(BIN)/python -m pytest tests/unit sft_dist launch
+	$(BIN)/python -m pytest tests/unit sft_dist launch docs_hooks.py
 
 dist: install  ## Real ranks on gloo: exactness, elasticity, whole runs that must be equal
 	$(BIN)/python -m pytest tests/dist tests/invariants

@@ -52,7 +52,7 @@ class Block:
     @property
     def commands(self) -> list[str]:
         """Its commands without their comments: all lines of a `bash` block, else those that begin with a program's name."""
-        lines = [line.partition("   #")[0].rstrip() for line in self.text.replace("\\\n", " ").splitlines()]
+        lines = [re.split(r"\s\s+# ", line)[0].rstrip() for line in self.text.replace("\\\n", " ").splitlines()]
         if self.language == "bash":
             return [line for line in lines if line]
         lines = [line.removeprefix("$ ") for line in lines]
