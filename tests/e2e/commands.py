@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,15 +88,16 @@ def shown(page: str) -> list[str]:
     return [command for block in blocks for command in block.commands]
 
 
-def follow(page: str, folder: Path, changed: Callable[[str], str] = str) -> str:
+def follow(page: str, folder: Path, changed: Callable[[str], str] = str, done: Collection[str] = ()) -> str:
     """Run what a page shows, in its order, and hold what it quotes to what was printed until then; returns all that was.
 
-    `changed` makes a command shorter, or another one for a test. Quotes are blocks that name no language.
+    `changed` makes a command shorter, or another one for a test; those that are `done`, by another page in that folder, are
+    not run again. Quotes are blocks that name no language.
     """
     printed = ""
     for block in page_blocks(page):
         if block.language == "bash" and "not run" not in block.marks:
-            for command in block.commands:
+            for command in [command for command in block.commands if command not in done]:
                 printed += run(changed(command), folder, code=int(block.marks.get("ends with", 0)))
         elif not block.language and not block.commands and not block.marks:
             lines = {line.strip() for line in printed.splitlines()}
@@ -130,7 +131,7 @@ def run(
     folder: Path,
     *,
     code: int = 0,
-    deadline: float = 180.0,
+    deadline: float = 300.0,
     environment: dict[str, str] = ENVIRONMENT,
 ) -> str:
     """Run a command there to its end and return what it printed; fails when it ends with another code."""
