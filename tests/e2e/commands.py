@@ -24,7 +24,7 @@ ENVIRONMENT = {
 
 # What a line of a code block begins with when it is a command, in whatever kind of block it stands.
 PROGRAMS = (
-    "sft-dist", "make", "pip", "python", "torchrun", "deepspeed", "sbatch", "tensorboard", "source", "git", "docker", "apptainer",
+    "sft-dist", "make", "pip", "python", "torchrun", "deepspeed", "sbatch", "tensorboard", "source", "git", "docker", "apptainer", "hf", "vllm", "curl",
 )  # fmt: skip
 
 
