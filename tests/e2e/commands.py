@@ -34,7 +34,7 @@ MARKS = r"<!-- (not run|measured|ends with)(?:: | )(.+?) -->"
 
 @dataclass(frozen=True)
 class Block:
-    r"""A code block of a page: the language it names, its text, the line it begins in, and what the comment above it says.
+    r"""A code block of a page: the language it names ("" of an indented one), its text, the line it begins in, and what the comment above it says.
 
     `marks`: "not run" -> why not; "measured" -> by what, of output that the commands above do not print again; "ends with" ->
     the exit code of its commands.
@@ -68,7 +68,8 @@ def blocks_of(markdown: str) -> list[Block]:
             marks = dict(re.findall(MARKS, token.content, flags=re.DOTALL))
             continue
         if token.type in ("fence", "code_block"):
-            found.append(Block(token.info.strip(), token.content, token.map[0] + 1, marks))
+            language = token.info.strip() or ("text" if token.type == "fence" else "")
+            found.append(Block(language, token.content, token.map[0] + 1, marks))
         marks = {}
     return found
 
@@ -92,7 +93,7 @@ def follow(page: str, folder: Path, changed: Callable[[str], str] = str, done: C
     """Run what a page shows, in its order, and hold what it quotes to what was printed until then; returns all that was.
 
     `changed` makes a command shorter, or another one for a test; those that are `done`, by another page in that folder, are
-    not run again. Quotes are blocks that name no language.
+    not run again. Quotes are indented blocks.
     """
     printed = ""
     for block in page_blocks(page):
