@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from sft_dist.depth import traced
 from sft_dist.errors import ConfigError, ModelError
 from sft_dist.flops import flops_per_row, matmul_parameters
 from sft_dist.gpus import GIB, Gpu
 from sft_dist.head import part_places
-from sft_dist.memory import Parts, Size, Traced, parts, trace
+from sft_dist.memory import Parts, Size, Traced, parts
 from sft_dist.schema import ModelConfig
 
 ERROR = 0.10  # of a prediction, at most: what is more than so much too large is refused
@@ -59,8 +60,8 @@ class Model:
                 f"model: {self.made.model_type} is a mixture of experts: what it takes depends on where its tokens are sent, and is not "
                 "planned. Give train.micro_batch_rows a number, and see"
             )
-        traced = self._trace(rows, checkpointing)
-        return parts(self.size, traced, zero, world_size=world_size, precision=self.precision)
+        alive = self._trace(rows, checkpointing)
+        return parts(self.size, alive, zero, world_size=world_size, precision=self.precision)
 
     def _trace(self, rows: int, checkpointing: bool) -> Traced:
         """Row for row the same is added, once there are so many that the head takes their logits in parts."""
@@ -69,8 +70,12 @@ class Model:
             few, more = (self._trace(count, checkpointing) for count in (enough, enough + 1))
             return few.grown(more, rows - enough + 1)
         if (rows, checkpointing) not in self._traced:
-            names = {"seq_len": self.seq_len, "precision": self.precision, "checkpointing": checkpointing}
-            self._traced[rows, checkpointing] = trace(self.config, self.made, rows=rows, **names)
+            names: dict[str, Any] = {
+                "seq_len": self.seq_len,
+                "precision": self.precision,
+                "checkpointing": checkpointing,
+            }
+            self._traced[rows, checkpointing] = traced(self.config, self.made, self.meta, rows=rows, **names)
         return self._traced[rows, checkpointing]
 
     def largest(
@@ -133,7 +138,7 @@ def choices(
         if model.precision != "fp32" and stage == 0:
             continue  # refused: DeepSpeed's optimizer takes a wrong first step there
         for checkpointing in (False, True):
-            common = {"world_size": world_size, "checkpointing": checkpointing}
+            common: dict[str, Any] = {"world_size": world_size, "checkpointing": checkpointing}
             largest = model.largest(zero, gpu, rows_per_rank=rows_per_rank, **common) if gpu is not None else None
             used = rows or largest or 1
             made = model.parts(zero, rows=used, **common)
