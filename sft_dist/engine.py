@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -232,9 +233,12 @@ def _suspects(losses: torch.Tensor, rows: list[Any], *, is_loss: bool) -> tuple[
 
 def _initialize(model: torch.nn.Module, adam: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    has_mlflow = sys.modules.setdefault("mlflow", None) is not None  # its autotuner would load it, for a second a rank
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
+    if not has_mlflow:
+        del sys.modules["mlflow"]
     # On a CPU, DeepSpeed would compile this shared-memory op for minutes, and needs a compiler; gloo does the work.
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
