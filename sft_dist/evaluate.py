@@ -22,6 +22,7 @@ from sft_dist.answers import Sampling
 from sft_dist.attention import Forward
 from sft_dist.comms import Comms
 from sft_dist.data.loader import Loader, MicroBatch
+from sft_dist.data.mixture import Joined
 from sft_dist.data.shards import Shards
 from sft_dist.errors import DataError
 from sft_dist.labels import LabelTask, confusion, label_metrics, label_scores
@@ -257,7 +258,7 @@ def open_shards(folder: Path, name: str) -> Shards | None:
     return Shards.open(folder / name) if (folder / name).is_dir() else None
 
 
-def same_tokenizer(shards: Shards, fingerprint: str, model: str) -> None:
+def same_tokenizer(shards: Shards | Joined, fingerprint: str, model: str) -> None:
     """Refuse to measure a model on rows that another tokenizer cut.
 
     Raises DataError naming both fingerprints.

@@ -144,6 +144,34 @@ GLOSSARY = {
         "general/perplexity", "1", "the general text", "exp(`general_loss`).",
         "At most `evaluate.max_forgetting` above that of step 0, else the run warns.",
     ),
+    "start_up_seconds": Metric(
+        "time/start_up_seconds", "s", "since the last log line",
+        "Imports, the process group, the model, the proofs and the restored checkpoint; on the main rank, as all of `time/`.",
+        "Once a life, and small beside the rest of it.",
+    ),
+    "data_seconds": Metric(
+        "time/data_seconds", "s", "since the last log line", "The steps waited for the plan of their rows.",
+        "Next to nothing.",
+    ),
+    "compute_seconds": Metric(
+        "time/compute_seconds", "s", "since the last log line", "Forward and backward passes, updates, and reading rows between them.",
+        "Almost all of the time.",
+    ),
+    "wait_seconds": Metric(
+        "time/wait_seconds", "s", "since the last log line", "Votes and sums in which the ranks wait for one another.",
+        "Small; large where one rank is slower than the others.",
+    ),
+    "evaluate_seconds": Metric(
+        "time/evaluate_seconds", "s", "since the last log line", "Evaluation and sample answers.",
+        "As much as `evaluate.every_steps` is worth to you.",
+    ),
+    "save_seconds": Metric(
+        "time/save_seconds", "s", "since the last log line", "The steps waited for a save.",
+        "A small part: the writing happens behind the steps.",
+    ),
+    "log_seconds": Metric(
+        "time/log_seconds", "s", "since the last log line", "Writing metrics.", "Next to nothing.",
+    ),
 }  # fmt: skip
 
 POSITION = ("target_tokens", "gpu_hours", "cost")  # where a record stands, beside its step

@@ -64,7 +64,8 @@ class JsonLines:
         staged.write_text("".join(json.dumps(line) + "\n" for line in kept))
         staged.replace(path)
         self._path, self._file = path, path.open("ab", buffering=0)
-        self._good, self._held = path.stat().st_size, []  # bytes of whole lines; lines that wait for room
+        self._good = path.stat().st_size  # bytes of whole lines
+        self._held: list[bytes] = []  # lines that wait for room
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append it."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.after import verify_run
+from launch.certify import verify_run
 from sft_dist.config import load
 from sft_dist.data.shards import Shards
 from sft_dist.limits import StopRequest
