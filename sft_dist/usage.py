@@ -75,7 +75,7 @@ class Journal:
         lived = math.fsum(phases.values())
         if lived > last["at"] - last["began"]:
             self._write({**last, "at": last["began"] + lived, "phase_seconds": phases})
-            self.before = gpu_seconds([*others, {**last, "at": last["began"] + lived}])
+            self.before = max(self.before, gpu_seconds([*others, {**last, "at": last["began"] + lived}]))
 
     def start(self) -> Journal:
         """Begin to write."""
