@@ -378,8 +378,8 @@ def metrics(
     sinks = (
         truth,
         TensorBoard(plan.run_dir / "tensorboard", kept),
-        *_services(plan, path, is_going_back=is_going_back),
         console,
+        *_services(plan, path, is_going_back=is_going_back),
     )
     made = Metrics(sinks, lambda: budget.numbers, state.step, state.target_tokens)
     config = plan.config.model_dump(mode="json", by_alias=True)
@@ -440,7 +440,9 @@ def journal(plan: Plan) -> Journal | None:
     if not plan.topology.is_main:
         return None
     began = plan.life.began or time.time()
-    return Journal(plan.run_dir / USAGE, plan.life.name, plan.topology.world_size, began).start()
+    told = max((line.get("gpu_hours", 0.0) for line in read_lines(plan.run_dir / "metrics.jsonl")), default=0.0)
+    path = plan.run_dir / USAGE
+    return Journal(path, plan.life.name, plan.topology.world_size, began, told_gpu_seconds=told * 3600).start()
 
 
 def bad_steps(plan: Plan) -> BadSteps:
