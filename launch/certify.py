@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from sft_dist.errors import CheckpointError
 from sft_dist.export import ABOUT
 from sft_dist.manifest import masters, read_manifest, read_state, verify
 from sft_dist.retention import list_folders
+from sft_dist.state import TrainState
 
 
 def verify_run(run_dir: Path) -> proof.Certificate:
@@ -59,21 +61,21 @@ def verify_run(run_dir: Path) -> proof.Certificate:
 
 def list_checkpoints(run_dir: Path, *, is_read: bool) -> tuple[str, bool]:
     """A table for a person, oldest first; and whether all of them are whole."""
-    rows = []
+    rows: list[tuple[Path, dict[str, Any] | None, TrainState | None, str | None]] = []
     for path in list_folders(run_dir / "checkpoints"):
         try:
-            manifest = read_manifest(path)
-            state, damage = read_state(path, manifest), verify(path) if is_read else None
+            about = read_manifest(path)
+            found, damage = read_state(path, about), verify(path) if is_read else None
         except CheckpointError as error:
             rows.append((path, None, None, str(error)))
         else:
-            rows.append((path, manifest, state, damage))
+            rows.append((path, about, found, damage))
     if not rows:
         raise CheckpointError(f"{run_dir}: no checkpoint there; train first, or name another run folder")
     scores = [state.score_here for _, _, state, _ in rows if state and state.score_here is not None]
     lines = [f"{'step':>10}{'size':>12}  {'written at':22}{'validation':>11}  {'age':>8}  whole?"]
     for path, manifest, state, damage in rows:
-        if manifest is None:
+        if manifest is None or state is None:
             lines.append(f"{int(path.name[5:]):>10}{'':51}  NO: {damage}")
             continue
         size = sum(entry["bytes"] for entry in manifest["files"].values())

@@ -34,7 +34,8 @@ class Told(click.Group):
 def main() -> None:
     """Exact, elastic, distributed supervised fine-tuning: prepare, train, eval, export, chat.
 
-    RUN.yaml describes a run; KEY=VALUE changes one of its keys, as in train.learning_rate=1e-5.
+    RUN.yaml describes a run; KEY=VALUE changes one of its keys, as in train.learning_rate=1e-5. `sft-dist init` writes one,
+    `sft-dist keys` tells what can stand in it, `sft-dist doctor` whether this machine has what it takes.
     """
 
 
@@ -48,6 +49,82 @@ class TaskOption(click.ParamType):
         if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
             self.fail(f"{value!r}: not of the form I/N with 1 <= I <= N; write for example 3/64", parameter, context)
         return int(index), int(count)
+
+
+@main.command()
+@click.argument("out", metavar="[RUN.yaml]", default="run.yaml", type=click.Path(path_type=Path))
+@click.option("--data", metavar="PATH", help="A file, glob or folder of records, or hf:ID.")
+@click.option(
+    "--task",
+    type=click.Choice(["classification", "instructions", "chat", "text"]),
+    help="Default: what the data look like.",
+)
+@click.option(
+    "--preset",
+    metavar="NAME",
+    help="The model: tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-1b, llama-8b, llama-70b.",
+)
+@click.option("--model", metavar="ID", help="Any other model: its id on the hub, or its folder.")
+@click.option("--validation", metavar="PATH", help="Records to be held out; default: a share of the data.")
+@click.option("--run-dir", metavar="FOLDER", help="Default: runs/ and the name of the data.")
+@click.option("--format", help="Of data whose suffix does not say it: jsonl, csv, megatron and so on.")
+@click.option("--text-column", metavar="NAME", help="Of a table: a name, or a number from 0 where there is no header.")
+@click.option("--label-column", metavar="NAME")
+@click.option("--prompt-column", metavar="NAME")
+@click.option("--response-column", metavar="NAME")
+@click.option("--messages-column", metavar="NAME")
+@click.option("--yes", is_flag=True, help="Ask nothing; also so where there is no terminal.")
+def init(out: Path, yes: bool, **options: Any) -> None:
+    """Write a commented run file for your data; asks for what the options do not say. Nothing is overwritten."""
+    from launch import init as writing
+
+    columns = {name.removesuffix("_column"): options.pop(name) for name in list(options) if name.endswith("_column")}
+    columns = {role: name for role, name in columns.items() if name is not None}
+    writing.require_free(out)
+    try:
+        wish = writing.wished(writing.Options(**options, columns=columns), asks=not yes and sys.stdin.isatty())
+    except click.Abort:
+        click.echo("\ninterrupted: nothing was written", err=True)
+        sys.exit(130)
+    click.echo(writing.write(out, writing.run_file(wish)))
+
+
+@main.command()
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    default="runs",
+    show_default=True,
+    help="Where runs are to be written.",
+)
+@click.option("--json", "is_json", is_flag=True, help="For programs.")
+def doctor(run_dir: Path, is_json: bool) -> None:
+    """Is this machine fit? Versions, GPUs, NCCL, compiler, disk, SLURM, hub: what works, and what to do. Exit code 0: fit, 2: not."""
+    from launch.doctor import run
+
+    sys.exit(run(run_dir, click.echo, is_json=is_json))
+
+
+@main.command()
+@click.argument("key", required=False)
+@click.option("--markdown", is_flag=True, help="All of them as the page that is docs/reference/configuration.md.")
+def keys(key: str | None, markdown: bool) -> None:
+    """What can stand in a run file: all sections, one section's keys, or one key, as train.learning_rate."""
+    from sft_dist.reference import config_reference, explain
+
+    if markdown and key is not None:
+        raise click.UsageError("--markdown writes all keys; leave KEY out")
+    click.echo(config_reference() if markdown else explain(key), nl=not markdown)
+
+
+@main.command()
+def schema() -> None:
+    """The JSON Schema of run files: completion and checks in an editor (docs/configuration.md)."""
+    import json
+
+    from sft_dist.reference import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
 @main.command()
@@ -72,6 +149,7 @@ def prepare(
     """Raw records → shards (train and validation); an interrupted one goes on where it was."""
     from launch import prepare as preparation
     from sft_dist.config import load
+    from sft_dist.data.build import Task
 
     config = load(run_file, overrides)
     if print_config:
@@ -79,7 +157,7 @@ def prepare(
         return
     if task and only_merge:
         raise click.UsageError("--task does a part and --merge what comes after all parts; give one of them")
-    part = preparation.Task(task[0] - 1, task[1]) if task else None
+    part = Task(task[0] - 1, task[1]) if task else None
     preparation.run(config, fresh=fresh, workers=workers, task=part, only_merge=only_merge)
 
 
@@ -128,7 +206,10 @@ def train(
     allow: tuple[str, ...],
     print_config: bool,
 ) -> None:
-    """Shards → a fine-tuned model, on this machine; goes on from the last checkpoint by itself."""
+    """Shards → a fine-tuned model, on this machine; goes on from the last checkpoint by itself.
+
+    All keys of RUN.yaml, each with type, default and example: `sft-dist keys`, `sft-dist keys train`.
+    """
     from launch import local
     from launch.settle import Resume
     from sft_dist.config import load
@@ -237,6 +318,28 @@ def status(run_dir: str | None, follow: bool) -> None:
             break
         time.sleep(5)
         click.echo()
+
+
+@main.command()
+@click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    help="Default: RUN_DIR/report.html; of several ./report.html.",
+)
+@click.option(
+    "--png",
+    "pictures",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Also each chart as a picture; needs the extra sft-dist[report].",
+)
+def report(run_dirs: tuple[Path, ...], out: Path | None, pictures: Path | None) -> None:
+    """One page on what happened: curves, time and cost, answers, data, how to do it again; several runs over each other."""
+    from launch import report as reporting
+
+    reporting.run(run_dirs, out, pictures, click.echo)
 
 
 @main.command()

@@ -13,13 +13,13 @@ from transformers import AutoTokenizer
 
 from launch.models import device, is_run, opened
 from sft_dist import evaluate as measure
+from sft_dist.console import confusion_table
 from sft_dist.data.loader import Loader
 from sft_dist.data.mixture import Joined
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.errors import ConfigError, DataError
 from sft_dist.export import export
 from sft_dist.labels import LabelTask
-from sft_dist.metrics import confusion_table
 from sft_dist.topology import Topology
 
 

@@ -98,7 +98,7 @@ class Sampling:
         """The model's answers to the prompts, with the expected ones; every rank takes part."""
         longest = max((len(prompt.ids) for prompt in self.prompts), default=0) + self.max_new_tokens
         count = max(1, self.batch_tokens // min(longest, self.context)) if self.prompts else 1
-        made = []
+        made: list[Mapping[str, str]] = []
         for at in range(0, len(self.prompts), count):
             together = self.prompts[at : at + count]
             found = answers(

@@ -108,12 +108,20 @@ class Overview:
     @property
     def funnel(self) -> list[Bar]:
         """Records read, dropped (a reason each, the most frequent first) and kept."""
-        if not self.about:
-            return []
-        funnel = self.about["funnel"]
-        drops = sorted(funnel["drops"].items(), key=lambda item: -item[1])
-        kept = [Bar(name, funnel[name]) for name in ("train", "validation")]
-        return [Bar("read", funnel["read"]), *(Bar(f"− {reason}", count) for reason, count in drops), *kept]
+        return funnel(self.about) if self.about else []
+
+
+def funnel(about: Mapping[str, Any]) -> list[Bar]:
+    """What a `prepare.json` counts: records read, dropped (a reason each, the most frequent first) and kept.
+
+    >>> counted = {"read": 9, "drops": {"empty": 1, "duplicate": 3}, "train": 4, "validation": 1}
+    >>> [(bar.label, bar.count) for bar in funnel({"funnel": counted})]
+    [('read', 9), ('− duplicate', 3), ('− empty', 1), ('train', 4), ('validation', 1)]
+    """
+    counted = about["funnel"]
+    drops = sorted(counted["drops"].items(), key=lambda item: -item[1])
+    kept = [Bar(name, counted[name]) for name in ("train", "validation")]
+    return [Bar("read", counted["read"]), *(Bar(f"− {reason}", count) for reason, count in drops), *kept]
 
 
 def split_folders(folder: Path) -> list[Path]:
@@ -554,8 +562,8 @@ def histogram(entries: Sequence[Bar]) -> Chart:
     bars = []
     for number, entry in enumerate(entries):
         tall = max(entry.count * scale, 1.5) if entry.count else 0.0  # one document among millions is still seen
-        places = (left + number * slot + 1, bottom - tall, slot - 2, tall)
-        bars.append((*(round(place, 2) for place in places), entry))
+        x, y, width_of_bar = (round(place, 2) for place in (left + number * slot + 1, bottom - tall, slot - 2))
+        bars.append((x, y, width_of_bar, round(tall, 2), entry))
     ticks = [(round(bottom - count * scale, 2), count) for count in range(0, top_count + 1, step)]
     return Chart(width, height, left, bottom, bars, ticks)
 
