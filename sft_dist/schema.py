@@ -61,7 +61,7 @@ class SourceConfig(Section):
     """Configuration of an `hf:` dataset."""
     split: str = "train"
     """Split of an `hf:` dataset."""
-    license: str | None = None
+    license: str | None = Field(default=None, examples=["cc-by-4.0"])
     """Licence of the records, as `cc-by-4.0`: told on the model card of an export; the rows do not depend on it."""
 
 
@@ -198,7 +198,7 @@ class ModelConfig(Section):
     """Default: `pretrained` with `name_or_path`, `scratch` with `config`."""
     dropout: Float | None = Field(default=None, ge=0.0, lt=1.0, examples=[0.1])
     """Sets every dropout of the model; default: 0 from scratch, what its config says when pre-trained."""
-    license: str | None = None
+    license: str | None = Field(default=None, examples=["apache-2.0"])
     """Licence that the trained model is given away under, as `apache-2.0`: told on the model card of an export."""
 
     @model_validator(mode="after")
@@ -475,7 +475,7 @@ class MixtureConfig(Section):
     """Share of the tokens, in any unit: 3.0 beside 1.0 is three quarters."""
     name: str | None = Field(default=None, pattern=r"^[\w.-]+$", examples=["chat"])
     """What its metrics are called (`loss/NAME`); default: the folder's name, or of `x/shards` the name `x`."""
-    license: str | None = None
+    license: str | None = Field(default=None, examples=["cc-by-4.0"])
     """Licence of its records: told on the model card of an export."""
 
     @property
@@ -492,23 +492,25 @@ class MixtureConfig(Section):
 class ReproducesConfig(Section):
     """What a run of this file must reach: `export` writes it into `reproduce.yaml`, `train` and `verify` compare with it."""
 
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, examples=[1000])
     """The step that was exported."""
-    world_size: int = Field(ge=1)
+    world_size: int = Field(ge=1, examples=[8])
     """Processes that trained it: with as many, and the same versions and hardware, the weights are the same to the bit."""
-    zero: dict[str, Any]
+    zero: dict[str, Any] = Field(examples=[{"zero_optimization": {"stage": 2}}])
     """What the DeepSpeed file said."""
-    environment: dict[str, str] = {}
+    environment: dict[str, str] = Field(default={}, examples=[{"device": "no GPU"}])
     """Versions and hardware that trained it."""
-    identity: dict[str, Any]
+    identity: dict[str, Any] = Field(examples=[{"seed": 0}])
     """Fingerprints of the model, the rows, the tokenizer and the template."""
-    sources: dict[str, str] = {}
+    sources: dict[str, str] = Field(default={}, examples=[{"data/train.jsonl": "85dc6c248a00ff0f6235c64ffaffd16a"}])
     """Digests of the files that the rows were made of."""
-    ledger: str
+    ledger: str = Field(examples=["48 rows b33dbc76b5484b8c09759c30f3900f2d"])
     """The keyed hash of all rows that were fed until then."""
-    weights: str
+    weights: str = Field(examples=["42bf60ab4dbd80fbd05cd8c791a2914d"])
     """A digest of the fp32 weights at that step."""
-    caveats: list[str] = []
+    caveats: list[str] = Field(
+        default=[], examples=[["step 500: train.learning_rate was 2e-05 until here and is 1e-05 now"]]
+    )
     """Why the file alone may not give the same weights again: what was done by hand, or on other numbers of processes."""
 
 

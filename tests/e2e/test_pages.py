@@ -16,6 +16,8 @@ OWN = {
     "docs/data.md": ("test_data_page", 6),
     "docs/large-batches.md": ("test_large_batches_page", 4),
     "docs/plan.md": ("test_plan_page", 3),
+    "docs/export.md": ("test_hand_over_pages", 7),
+    "docs/chat.md": ("test_hand_over_pages", 4),
 }
 
 

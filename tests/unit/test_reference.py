@@ -32,6 +32,9 @@ RUN = {
 WITH = {
     "mixture": {"prepare": None}, "model.config": {"model.name_or_path": None},
     "train.global_batch_samples": {"train.global_batch_rows": None}, "train.max_steps": {"train.epochs": None},
+    "reproduces": {f"reproduces.{key}": value for key, value in {
+        "step": 1, "world_size": 1, "zero": {}, "identity": {}, "ledger": "", "weights": "",
+    }.items()},
     "evaluate.early_stopping": {"evaluate.every_steps": 10}, "budget.cost": {"budget.price_per_gpu_hour": "2 EUR"},
 }  # fmt: skip
 INSIDE = {
