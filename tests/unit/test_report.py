@@ -281,6 +281,22 @@ def test_a_run_that_is_still_running_says_so(tmp_path, monkeypatch):
     assert "was killed" not in told
 
 
+def test_a_job_of_the_cluster_runs_too_and_a_silent_cluster_is_no_obstacle(tmp_path, monkeypatch):
+    for jobs, is_running in (
+        ([(7, {"JobState": "RUNNING"})], True),
+        ([(7, {"JobState": "PENDING"})], False),
+        ([], False),
+    ):
+        monkeypatch.setattr(reporting.slurm, "live_jobs", lambda folder, jobs=jobs: jobs)
+        assert reporting.is_running(tmp_path) is is_running
+
+    def silent(folder):
+        raise ConfigError("squeue: no answer")
+
+    monkeypatch.setattr(reporting.slurm, "live_jobs", silent)
+    assert not reporting.is_running(tmp_path)
+
+
 def test_several_runs_lie_over_each_other_with_what_differs(tmp_path):
     one, other = (run_folder(tmp_path / name, lr=lr) for name, lr in (("one", 1e-3), ("other", 3e-3)))
     runs = read_runs([one, other])
