@@ -128,10 +128,11 @@ def train(
             is_bad=is_bad,
         )
         votes.step = state.step
+        metrics.stepped(state.step, state.target_tokens)
         if applied.is_applied:
             state = replace(state, norms=bad_steps.remember(state.norms, applied.grad_norm))
-        if is_bad and (told := account.bad_step(state.step, fed_from, step.num_rows, loss, applied, comms)):
-            on_bad_step(told)
+        if is_bad and (bad := account.bad_step(state.step, fed_from, step.num_rows, loss, applied, comms)):
+            on_bad_step(bad)
         slowest, told = stragglers.judge(own_seconds) if stragglers is not None else (None, None)
         budget.stepped(state.step, seconds, state.tokens)
         for line in filter(None, (told, budget.told(cadence.last_step))):
@@ -144,7 +145,7 @@ def train(
             )
             values |= {"slowest_rank_ratio": slowest} if slowest is not None else {}
             values |= {"steps_not_applied": state.not_applied} if state.not_applied else {}
-            metrics.scalars(state.step, {"learning_rate": rate, **values, **budget.numbers, **budget.lap()})
+            metrics.scalars(state.step, {"learning_rate": rate, **values, **budget.lap()})
         if bad_steps.is_over(state.streak):
             report(checkpoints.finish(waiting))
             return "diverged", state

@@ -147,7 +147,7 @@ def overview(folder: Path, *, row: int | None = None, seed: int = 0) -> Overview
     tokens = folders[0].parent / "tokenizer"
     tokenizer = Tokenizer.load(str(tokens)) if tokens.is_dir() else None
     splits = [_split(path, tokenizer, row if path == folders[0] else None, seed) for path in folders]
-    about = _about(folder / "prepare.json") if is_whole else {}
+    about = prepared(folder) if is_whole else {}
     return Overview(folder, about, _first_rejects(folder / "rejects.jsonl") if is_whole else {}, splits)
 
 
@@ -178,8 +178,9 @@ def _row(shards: Shards, tokenizer: Tokenizer, number: int) -> Row:
     return Row(number, tuple(found[:_MOST_SAMPLES]), padding, max(0, len(found) - _MOST_SAMPLES))
 
 
-def _about(path: Path) -> dict[str, Any]:
-    """`prepare.json`, {} where there is none."""
+def prepared(folder: Path) -> dict[str, Any]:
+    """What the `prepare.json` of a folder of shards says, {} where there is none. Raises DataError for a damaged one."""
+    path = folder / "prepare.json"
     try:
         about = json.loads(path.read_bytes())
         funnel, _ = about["funnel"], (about["settings"]["prepare"], about["sources"])
@@ -561,8 +562,8 @@ def histogram(entries: Sequence[Bar]) -> Chart:
     bars = []
     for number, entry in enumerate(entries):
         tall = max(entry.count * scale, 1.5) if entry.count else 0.0  # one document among millions is still seen
-        places = (left + number * slot + 1, bottom - tall, slot - 2, tall)
-        bars.append((*(round(place, 2) for place in places), entry))
+        x, y, width_of_bar = (round(place, 2) for place in (left + number * slot + 1, bottom - tall, slot - 2))
+        bars.append((x, y, width_of_bar, round(tall, 2), entry))
     ticks = [(round(bottom - count * scale, 2), count) for count in range(0, top_count + 1, step)]
     return Chart(width, height, left, bottom, bars, ticks)
 

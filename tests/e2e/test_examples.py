@@ -18,10 +18,10 @@ def folder(tmp_path_factory):
 
 
 def test_there_are_the_examples_the_readme_names():
-    assert EXAMPLES == ["instructions", "large-batch", "sms-spam", "wikitext"]
+    assert EXAMPLES == ["curation", "instructions", "large-batch", "sms-spam", "wikitext"]
 
 
-# sms-spam: by the README's own test; large-batch: by that of docs/large-batches.md
+# sms-spam: by the README's own test; large-batch: by that of docs/large-batches.md; curation: by that of docs/curation.md
 @pytest.mark.parametrize("name", ["instructions", "wikitext"])
 def test_an_example_runs_as_it_is(folder, name):
     run(f"sft-dist prepare examples/{name}/run.yaml", folder)
@@ -42,8 +42,8 @@ def test_pre_trained_then_fine_tuned_with_no_network(folder):
     """A GPT-2 learns WikiText, is exported, and follows instructions from that folder: it starts lower than from scratch."""
     text = (
         "examples/wikitext/run.yaml run_dir=text prepare.out=text-shards prepare.seq_len=128 evaluate.samples=0 "
-        "'prepare.tokenizer={sentencepiece: {vocab_size: 1000}}' train.micro_batch_rows=8 train.max_steps=60 "
-        "train.learning_rate=5e-3"
+        "train.global_batch_rows=16 train.micro_batch_rows=8 train.max_steps=60 train.learning_rate=5e-3 train.precision=fp32 "
+        "train.gradient_checkpointing=false evaluate.every_steps=25"
     )
     run(f"sft-dist prepare {text}", folder)
     run(f"sft-dist train {text} --nproc 2", folder)
