@@ -51,7 +51,7 @@ def test_every_command_of_the_readme_runs(folder, tutorial):
     said = follow("README.md", folder, shortened, done=shown("docs/tutorial.md"))
     for words in (
         "1 accumulated x 8 processes", "resuming from step 4 of 6", "completed: 6 of 6 steps", "resuming from step 6 of 7",
-        "completed: 7 of 7 steps", "nothing of it waits or runs that can be seen from here",
+        "completed: 7 of 7 steps", "nothing of it waits or runs that can be seen from here", "kB; open it in a browser",
     ):  # fmt: skip
         assert words in said, words
     assert len([line for line in metrics(folder) if "validation_accuracy" in line]) == 4
