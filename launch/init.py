@@ -235,7 +235,7 @@ def run_file(wish: Wish) -> str:
         task=found.task,
         about=about,
         run_dir=written(folder),
-        said=found.said,
+        said=" ".join(found.said.split()),  # a key of somebody's records may hold a line end
         source=written(found.source),
         validation=None if wish.validation is None else written(found.source | {"path": wish.validation}),
         validation_fraction=prepare["validation_fraction"],
@@ -307,10 +307,8 @@ def wished(options: Options, *, asks: bool) -> Wish:
         chosen = click.prompt(f"Model: {', '.join(presets())}, or a hub id or a folder", default=_usual())
         chosen, model = (chosen, None) if chosen in presets() else (None, chosen)
     if asks and validation is None:
-        validation = (
-            click.prompt("Validation file (empty: a share is held out)", default="", show_default=False) or None
-        )
-    if validation is not None:
+        validation = _asked_validation()
+    elif validation is not None:
         files(SourceConfig(path=validation))
     if run_dir is None:
         run_dir = f"runs/{_stem(found.source['path'])}"
@@ -346,6 +344,17 @@ def _asked_task(data: str, options: Options) -> Look:
         for role in _COLUMNS[task]
     }
     return look(data, task, columns, options.format)
+
+
+def _asked_validation() -> str | None:
+    while True:
+        path = click.prompt("Validation file (empty: a share is held out)", default="", show_default=False)
+        try:
+            files(SourceConfig(path=path)) if path else None
+        except DataError as error:
+            click.echo(str(error))
+            continue
+        return path or None
 
 
 def _usual() -> str:

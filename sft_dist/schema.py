@@ -436,13 +436,16 @@ class BudgetConfig(Section):
 class WandbConfig(Section):
     """Weights & Biases; needs the extra `sft-dist[wandb]`, and `wandb login` or WANDB_API_KEY."""
 
-    project: str
-    entity: str | None = None
+    project: str = Field(examples=["sms"])
+    """Made where there is none of that name."""
+    entity: str | None = Field(default=None, examples=["my-team"])
     """Team or user; null: the one that is logged in."""
-    run_name: str | None = None
-    group: str | None = None
+    run_name: str | None = Field(default=None, examples=["first"])
+    """What the run is called there."""
+    group: str | None = Field(default=None, examples=["learning-rates"])
     """Runs of a group are shown together."""
-    tags: list[str] = []
+    tags: list[str] = Field(default=[], examples=[["gpt2", "spam"]])
+    """Words that the run is found by."""
     mode: Literal["online", "offline"] = "online"
     """`offline` writes to `RUN_DIR/services/wandb`, for `wandb sync` from where there is a network."""
 
@@ -450,20 +453,21 @@ class WandbConfig(Section):
 class MlflowConfig(Section):
     """MLflow; needs the extra `sft-dist[mlflow]`."""
 
-    experiment: str
+    experiment: str = Field(examples=["sms"])
     """Made where there is none of that name."""
-    tracking_uri: str | None = None
+    tracking_uri: str | None = Field(default=None, examples=["http://mlflow.example:5000"])
     """As in `http://mlflow.example:5000` or `sqlite:///mlflow.db`; null: what MLFLOW_TRACKING_URI says."""
-    run_name: str | None = None
+    run_name: str | None = Field(default=None, examples=["first"])
+    """What the run is called there."""
 
 
 class LoggingConfig(Section):
     """Where the metrics go besides metrics.jsonl, TensorBoard and the console. Keys and passwords never stand here."""
 
-    wandb: WandbConfig | None = None
-    """As in `{project: sms}`."""
-    mlflow: MlflowConfig | None = None
-    """As in `{experiment: sms}`."""
+    wandb: WandbConfig | None = Field(default=None, examples=[{"project": "sms"}])
+    """Weights & Biases."""
+    mlflow: MlflowConfig | None = Field(default=None, examples=[{"experiment": "sms"}])
+    """MLflow."""
 
 
 class MixtureConfig(Section):
@@ -492,7 +496,7 @@ class MixtureConfig(Section):
 class ReproducesConfig(Section):
     """What a run of this file must reach: `export` writes it into `reproduce.yaml`, `train` and `verify` compare with it."""
 
-    step: int = Field(ge=0, examples=[1000])
+    step: int = Field(ge=0, examples=[1200])
     """The step that was exported."""
     world_size: int = Field(ge=1, examples=[8])
     """Processes that trained it: with as many, and the same versions and hardware, the weights are the same to the bit."""
@@ -504,9 +508,9 @@ class ReproducesConfig(Section):
     """Fingerprints of the model, the rows, the tokenizer and the template."""
     sources: dict[str, str] = Field(default={}, examples=[{"data/train.jsonl": "85dc6c248a00ff0f6235c64ffaffd16a"}])
     """Digests of the files that the rows were made of."""
-    ledger: str = Field(examples=["48 rows b33dbc76b5484b8c09759c30f3900f2d"])
+    ledger: str = Field(examples=["9f0c"])
     """The keyed hash of all rows that were fed until then."""
-    weights: str = Field(examples=["42bf60ab4dbd80fbd05cd8c791a2914d"])
+    weights: str = Field(examples=["41d2"])
     """A digest of the fp32 weights at that step."""
     caveats: list[str] = Field(
         default=[], examples=[["step 500: train.learning_rate was 2e-05 until here and is 1e-05 now"]]
