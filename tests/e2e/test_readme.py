@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -29,6 +30,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tutorial(folder):
     return follow("docs/tutorial.md", folder, shortened)
+
+
+def test_the_page_on_the_report_does_what_it_says(folder, tutorial):
+    shutil.copytree(folder / "runs/sms-spam", folder / "runs/other")
+    follow("docs/report.md", folder, done=shown("docs/tutorial.md"))
+    assert (folder / "both.html").is_file()
+    assert list((folder / "runs/sms-spam/figures").glob("*.png"))
 
 
 def metrics(folder):
