@@ -55,12 +55,7 @@ def _adopt(plan: Plan, source: Path) -> str:
         skipped=((0, rows),) if rows else (),
         notes=(note,),
     )
-    of_step, here = foreign.samples / max(1, foreign.step), plan.batch.global_batch_rows
-    differs = (
-        f"\nnote: a step took {of_step:,.0f} rows there and takes {here:,} here"
-        if foreign.samples and of_step != here
-        else ""
-    )
+    differs = _batch_note(foreign.samples, foreign.step, plan.batch.global_batch_rows)
     parts.write_run_files(plan, made)
     checkpoints = parts.checkpoints(plan, parts.identity(plan, made))
     save(checkpoints, foreign, state)
@@ -102,3 +97,15 @@ def require_same_model(path: Path, foreign: Foreign, model: Any) -> None:
             f"{path}: {untrained[0]} was frozen there ({len(untrained)} parameters in all), and this trainer trains every "
             "parameter: its Adam moments are missing"
         )
+
+
+def _batch_note(samples: int | None, num_steps: int, here: int) -> str:
+    """Says that a step took other rows there than `here`; nothing where that is not known.
+
+    >>> _batch_note(72, 9, 4)
+    '\\nnote: a step took 8 rows there and takes 4 here'
+    >>> _batch_note(36, 9, 4), _batch_note(None, 9, 4)
+    ('', '')
+    """
+    of_step = here if not samples else samples / max(1, num_steps)
+    return "" if of_step == here else f"\nnote: a step took {of_step:,.0f} rows there and takes {here:,} here"

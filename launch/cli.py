@@ -34,7 +34,8 @@ class Told(click.Group):
 def main() -> None:
     """Exact, elastic, distributed supervised fine-tuning: prepare, train, eval, export, chat.
 
-    RUN.yaml describes a run; KEY=VALUE changes one of its keys, as in train.learning_rate=1e-5.
+    RUN.yaml describes a run; KEY=VALUE changes one of its keys, as in train.learning_rate=1e-5. `sft-dist init` writes one,
+    `sft-dist keys` tells what can stand in it, `sft-dist doctor` whether this machine has what it takes.
     """
 
 
@@ -48,6 +49,82 @@ class TaskOption(click.ParamType):
         if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
             self.fail(f"{value!r}: not of the form I/N with 1 <= I <= N; write for example 3/64", parameter, context)
         return int(index), int(count)
+
+
+@main.command()
+@click.argument("out", metavar="[RUN.yaml]", default="run.yaml", type=click.Path(path_type=Path))
+@click.option("--data", metavar="PATH", help="A file, glob or folder of records, or hf:ID.")
+@click.option(
+    "--task",
+    type=click.Choice(["classification", "instructions", "chat", "text"]),
+    help="Default: what the data look like.",
+)
+@click.option(
+    "--preset",
+    metavar="NAME",
+    help="The model: tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-1b, llama-8b, llama-70b.",
+)
+@click.option("--model", metavar="ID", help="Any other model: its id on the hub, or its folder.")
+@click.option("--validation", metavar="PATH", help="Records to be held out; default: a share of the data.")
+@click.option("--run-dir", metavar="FOLDER", help="Default: runs/ and the name of the data.")
+@click.option("--format", help="Of data whose suffix does not say it: jsonl, csv, megatron and so on.")
+@click.option("--text-column", metavar="NAME", help="Of a table: a name, or a number from 0 where there is no header.")
+@click.option("--label-column", metavar="NAME")
+@click.option("--prompt-column", metavar="NAME")
+@click.option("--response-column", metavar="NAME")
+@click.option("--messages-column", metavar="NAME")
+@click.option("--yes", is_flag=True, help="Ask nothing; also so where there is no terminal.")
+def init(out: Path, yes: bool, **options: Any) -> None:
+    """Write a commented run file for your data; asks for what the options do not say. Nothing is overwritten."""
+    from launch import init as writing
+
+    columns = {name.removesuffix("_column"): options.pop(name) for name in list(options) if name.endswith("_column")}
+    columns = {role: name for role, name in columns.items() if name is not None}
+    writing.require_free(out)
+    try:
+        wish = writing.wished(writing.Options(**options, columns=columns), asks=not yes and sys.stdin.isatty())
+    except click.Abort:
+        click.echo("\ninterrupted: nothing was written", err=True)
+        sys.exit(130)
+    click.echo(writing.write(out, writing.run_file(wish)))
+
+
+@main.command()
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    default="runs",
+    show_default=True,
+    help="Where runs are to be written.",
+)
+@click.option("--json", "is_json", is_flag=True, help="For programs.")
+def doctor(run_dir: Path, is_json: bool) -> None:
+    """Is this machine fit? Versions, GPUs, NCCL, compiler, disk, SLURM, hub: what works, and what to do. Exit code 0: fit, 2: not."""
+    from launch.doctor import run
+
+    sys.exit(run(run_dir, click.echo, is_json=is_json))
+
+
+@main.command()
+@click.argument("key", required=False)
+@click.option("--markdown", is_flag=True, help="All of them as the page that is docs/reference/configuration.md.")
+def keys(key: str | None, markdown: bool) -> None:
+    """What can stand in a run file: all sections, one section's keys, or one key, as train.learning_rate."""
+    from sft_dist.reference import config_reference, explain
+
+    if markdown and key is not None:
+        raise click.UsageError("--markdown writes all keys; leave KEY out")
+    click.echo(config_reference() if markdown else explain(key), nl=not markdown)
+
+
+@main.command()
+def schema() -> None:
+    """The JSON Schema of run files: completion and checks in an editor (docs/configuration.md)."""
+    import json
+
+    from sft_dist.reference import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
 @main.command()
@@ -72,6 +149,7 @@ def prepare(
     """Raw records → shards (train and validation); an interrupted one goes on where it was."""
     from launch import prepare as preparation
     from sft_dist.config import load
+    from sft_dist.data.build import Task
 
     config = load(run_file, overrides)
     if print_config:
@@ -79,7 +157,7 @@ def prepare(
         return
     if task and only_merge:
         raise click.UsageError("--task does a part and --merge what comes after all parts; give one of them")
-    part = preparation.Task(task[0] - 1, task[1]) if task else None
+    part = Task(task[0] - 1, task[1]) if task else None
     preparation.run(config, fresh=fresh, workers=workers, task=part, only_merge=only_merge)
 
 
@@ -128,7 +206,10 @@ def train(
     allow: tuple[str, ...],
     print_config: bool,
 ) -> None:
-    """Shards → a fine-tuned model, on this machine; goes on from the last checkpoint by itself."""
+    """Shards → a fine-tuned model, on this machine; goes on from the last checkpoint by itself.
+
+    All keys of RUN.yaml, each with type, default and example: `sft-dist keys`, `sft-dist keys train`.
+    """
     from launch import local
     from launch.settle import Resume
     from sft_dist.config import load
@@ -240,6 +321,28 @@ def status(run_dir: str | None, follow: bool) -> None:
 
 
 @main.command()
+@click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    help="Default: RUN_DIR/report.html; of several ./report.html.",
+)
+@click.option(
+    "--png",
+    "pictures",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Also each chart as a picture; needs the extra sft-dist[report].",
+)
+def report(run_dirs: tuple[Path, ...], out: Path | None, pictures: Path | None) -> None:
+    """One page on what happened: curves, time and cost, answers, data, how to do it again; several runs over each other."""
+    from launch import report as reporting
+
+    reporting.run(run_dirs, out, pictures, click.echo)
+
+
+@main.command()
 @click.argument("run_dir", metavar="RUN_DIR")
 @click.option("--now", "at_once", is_flag=True, help="Do not wait for a checkpoint: the newest one stays.")
 def stop(run_dir: str, at_once: bool) -> None:
@@ -253,7 +356,7 @@ def stop(run_dir: str, at_once: bool) -> None:
 @click.argument("run_dir", metavar="RUN_DIR")
 def verify(run_dir: str) -> None:
     """Prove what a run consumed: ledger, epochs, checkpoints, export; prints a certificate."""
-    from launch.after import verify_run
+    from launch.certify import verify_run
 
     certificate = verify_run(Path(run_dir))
     click.echo(certificate.text)
@@ -265,7 +368,7 @@ def verify(run_dir: str) -> None:
 @click.option("--verify", "is_read", is_flag=True, help="Read every byte and compare its digest.")
 def checkpoints(run_dir: str, is_read: bool) -> None:
     """The checkpoints of a run: step, size, whole or not, best, layout, age."""
-    from launch.after import list_checkpoints
+    from launch.certify import list_checkpoints
 
     table, is_whole = list_checkpoints(Path(run_dir), is_read=is_read)
     click.echo(table)
@@ -300,7 +403,7 @@ def evaluate(
     models: tuple[str, ...], shards: str | None, tasks: str | None, micro_batch_rows: int, as_json: bool
 ) -> None:
     """Token-weighted validation loss and perplexity, by source; what was forgotten; accuracy, F1 and more for label tasks."""
-    from launch.after import evaluate_models, run_tasks
+    from launch.measure import evaluate_models, run_tasks
 
     if tasks and shards:
         raise click.UsageError("--tasks have data of their own and --shards is that of the run; give one of them")
@@ -313,25 +416,64 @@ def evaluate(
 @main.command()
 @click.argument("run_dir", metavar="RUN_DIR")
 @click.argument("out", metavar="OUT")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Default: the precision the run computed in.")
-def export(run_dir: str, out: str, dtype: str | None) -> None:
-    """Checkpoint → a Hugging Face folder, reloaded and compared before it says done."""
-    from launch.after import export_run
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the weights; default: the precision the run computed in.",
+)
+@click.option(
+    "--max-shard-size", metavar="SIZE", help="Of a file of weights, as 5GB; default: that of transformers (50GB)."
+)
+@click.option(
+    "--license", "license_", metavar="NAME", help="Licence of the model, as apache-2.0; default: model.license."
+)
+@click.option(
+    "--push-to", metavar="ORG/NAME", help="Push it to the Hugging Face hub, with the login of `hf auth login`."
+)
+@click.option("--private", "is_private", is_flag=True, help="Of --push-to: make a private repository.")
+def export(run_dir: str, out: str, dtype: str | None, license_: str | None, **options: Any) -> None:
+    """Checkpoint → a Hugging Face folder with model card and reproduce.yaml, reloaded and compared before it says done."""
+    from launch.hand_over import export_run
 
-    export_run(Path(run_dir), Path(out), dtype)
+    export_run(Path(run_dir), Path(out), dtype, license=license_, **options)
 
 
 @main.command()
 @click.argument("model", metavar="RUN_DIR|MODEL")
-@click.option("--prompt", required=True, help="What to ask.")
+@click.option("--prompt", help="Ask this and end; default: a conversation.")
+@click.option("--system", metavar="TEXT", help="What the model is told before the first question.")
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Length limit of the answer."
+    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Length limit of an answer."
 )
-def chat(model: str, prompt: str, max_new_tokens: int) -> None:
-    """One answer from the model."""
-    from launch.after import answer_prompt
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0.0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest token each time; above, tokens are drawn.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0.0, max=1.0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Draw from the likeliest tokens that have this share together.",
+)
+@click.option("--seed", type=int, help="Draw the same again; default: otherwise each time.")
+def chat(model: str, prompt: str | None, system: str | None, max_new_tokens: int, **drawing: Any) -> None:
+    """A conversation with a model: answers appear as they are made, and /help tells what else can be typed.
 
-    click.echo(answer_prompt(model, prompt, max_new_tokens))
+    Without a terminal each line of the input is a question of its own, and its answer is a line of the output, with \\n for a line end.
+    """
+    from launch import chat as chatting
+
+    decoding = chatting.Decoding(max_new_tokens, **drawing)
+    if prompt is not None:
+        click.echo(chatting.answer_prompt(model, prompt, decoding, system))
+    elif sys.stdin.isatty():
+        chatting.converse(model, decoding, system)
+    else:
+        chatting.answer_lines(model, sys.stdin, decoding, system)
 
 
 def _as_yaml(config: Any) -> str:

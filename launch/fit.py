@@ -47,17 +47,19 @@ def settled(plan: Plan, card: Gpu) -> Plan:
     A run that goes on keeps the micro-batch of its checkpoint, or the next smaller one that divides: with dropout on, the
     draws depend on it. Raises ConfigError where not even one row fits.
     """
-    of_step, train = plan.batch.accumulation_steps, plan.config.train
+    of_step = plan.batch.accumulation_steps
     before = None if plan.resume.is_fresh else _of_checkpoint(plan.run_dir / "checkpoints", plan.resume.from_step)
     if before is not None:
         rows = max(number for number in divisors(of_step) if number <= before)
     else:
-        common = {"world_size": plan.batch.world_size, "checkpointing": train.gradient_checkpointing}
         model = model_of(plan)
-        rows = model.largest(plan.zero, card, rows_per_rank=of_step, **common)
-        if rows is None:
+        world_size, checkpointing = plan.batch.world_size, plan.config.train.gradient_checkpointing
+        fitting = model.largest(
+            plan.zero, card, world_size=world_size, rows_per_rank=of_step, checkpointing=checkpointing
+        )
+        if fitting is None:
             refuse_what_cannot_fit(plan, model, card)
-            rows = 1
+        rows = fitting or 1
     return with_rows(plan, rows)
 
 

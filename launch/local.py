@@ -18,9 +18,10 @@ from pathlib import Path
 
 from launch.settle import AS_IT_IS, Plan, Resume
 from launch.train import lock
+from sft_dist.console import loss_curve
 from sft_dist.errors import ConfigError
 from sft_dist.limits import SIGNALS, Verdict
-from sft_dist.metrics import loss_curve, read_lines
+from sft_dist.metrics import read_lines
 from sft_dist.schema import RunConfig
 from sft_dist.topology import Life, Topology
 
@@ -78,6 +79,10 @@ def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: i
         ) as process:
             _relay(process)
         code = process.returncode
+        if sys.stdout.isatty():
+            sys.stdout.write(
+                "\x1b[?25h"
+            )  # the cursor, which a rank that was killed at its progress bar has left hidden
     verdict = Verdict.read(Path(config.run_dir) / "verdicts", Life.from_environment(environment).name)
     if verdict is None:
         print(f"sft-dist: the ranks ended with code {code} and left no verdict: see above", file=sys.stderr)
@@ -136,16 +141,21 @@ def _pass_on(process: subprocess.Popen) -> None:
         if killed := re.search(r"exitcode: -(\d+)\) local_rank: (\d+)", line):
             name = signal.Signals(int(killed[1])).name
             hint = ": out of memory?" if name == "SIGKILL" else ""
-            sys.stderr.write(f"sft-dist: rank {killed[2]} of this machine was killed by {name}{hint}\n")
+            sys.stderr.write(f"{_no_bar()}sft-dist: rank {killed[2]} of this machine was killed by {name}{hint}\n")
         elif line.startswith("Traceback"):
             held = line
         elif not any(part in line for part in _NOISE):
-            sys.stderr.write(held + line)
+            sys.stderr.write(_no_bar() + held + line)
             sys.stderr.flush()
             held = ""
     sys.stderr.write(held)
     for _ in process.stderr:  # the rest of torchrun's table
         pass
+
+
+def _no_bar() -> str:
+    """What wipes the progress bar that a rank draws on the same terminal, so that it comes again below a line; else nothing."""
+    return "\r\x1b[2K" if sys.stdout.isatty() and sys.stderr.isatty() else ""
 
 
 _NOISE = ("torch/distributed/run.py", "torch/distributed/elastic", "Setting OMP_NUM_THREADS", "*****")

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from sft_dist.answers import Sampling, own_prompts, prompts
 from sft_dist.attention import prove_isolation as _prove
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
+from sft_dist.console import Console, confusion_table
 from sft_dist.data.build import read_conversations
 from sft_dist.data.loader import Loader, MicroBatch, Step
 from sft_dist.data.mixture import Joined
@@ -40,16 +42,21 @@ from sft_dist.identity import ALLOWANCES, STREAM, changes
 from sft_dist.labels import LabelTask
 from sft_dist.ledger import Ledger
 from sft_dist.limits import EarlyStopping, Verdict
-from sft_dist.metrics import Console, JsonLines, Metrics, TensorBoard, confusion_table, read_lines
+from sft_dist.metrics import JsonLines, Metrics, read_lines
+from sft_dist.mlflow_sink import MLflow
 from sft_dist.model import build, has_dropout, model_config
+from sft_dist.reproduce import ENVIRONMENT
 from sft_dist.retention import Retention
 from sft_dist.rollback import rolled_back, targets
 from sft_dist.schedule import Cadence, learning_rate
 from sft_dist.schema import Money, money
+from sft_dist.services import Follower, Service
 from sft_dist.spikes import BAD_ROWS, BadStep, BadSteps
 from sft_dist.state import Past, TrainState
+from sft_dist.tensorboard_sink import TensorBoard
 from sft_dist.topology import node_name
 from sft_dist.usage import USAGE, Budget, Journal
+from sft_dist.wandb_sink import WeightsAndBiases
 from sft_dist.watchdog import HUNG_EXIT_CODE, Watchdog
 from sft_dist.zero import zero_stage
 
@@ -63,6 +70,7 @@ transformers.logging.disable_progress_bar()
 
 _log = logging.getLogger("sft_dist")
 
+SERVICES = "services"  # of a run folder: what W&B and MLflow have been told
 WATCH = ".watch"  # of a run folder: heartbeats while it runs, and the stacks of a hang
 
 
@@ -83,7 +91,7 @@ def identity(plan: Plan, made: Any) -> dict[str, Any]:
     digest = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=16)
     manifest = plan.shards.manifest
     # what a run may do without is not named without it: older checkpoints go on
-    more = {"mixture": plan.mixture.identity()} if plan.mixture else {}
+    more: dict[str, Any] = {"mixture": plan.mixture.identity()} if plan.mixture else {}
     if plan.config.train.order != "rows":
         more["order"] = plan.config.train.order.model_dump()
     if general := [one.manifest.data for folder in plan.shards_dirs if (one := open_shards(folder, "general"))]:
@@ -137,6 +145,7 @@ def checkpoints(plan: Plan, identity: dict[str, Any]) -> Checkpoints:
     """The checkpoints of the run; each carries what an export needs."""
     attachments = {
         "run.yaml": plan.run_dir / "run.yaml",
+        ENVIRONMENT: plan.run_dir / ENVIRONMENT,
         "model": plan.run_dir / "model",
         "tokenizer": plan.shards_dir / "tokenizer",
     }
@@ -171,10 +180,12 @@ def examine(plan: Plan, comms: Comms) -> tuple[list[str], list[str]]:
 
 
 def write_run_files(plan: Plan, made: Any) -> None:
-    """`run.yaml` as resolved, and the model's configuration."""
+    """`run.yaml` as resolved, what it is run with, and the model's configuration."""
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(plan.config.model_dump(by_alias=True), sort_keys=False, allow_unicode=True)
     (plan.run_dir / "run.yaml").write_text(text)
+    of = health.facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "")
+    (plan.run_dir / ENVIRONMENT).write_text(json.dumps({"device": of.device, "versions": of.versions}, indent=2))
     shutil.rmtree(plan.run_dir / "model", ignore_errors=True)
     made.save_pretrained(plan.run_dir / "model")
 
@@ -223,9 +234,13 @@ def resume(plan: Plan, checkpoints: Checkpoints, engine: Engine) -> tuple[TrainS
     lines = [f"resuming from step {state.step} of {plan.steps(state)} ({path})", *notes]
     before = yaml.safe_load((path / "run.yaml").read_text())["train"]
     now = plan.config.train.model_dump()
-    for key in ("learning_rate", "schedule", "epochs", "max_steps", "warmup_ratio", "precision", "micro_batch_rows"):
-        if before[key] != now[key]:
-            lines.append(f"note: train.{key} was {before[key]} until here and is {now[key]} now")
+    changed = [
+        f"train.{key} was {before[key]} until here and is {now[key]} now"
+        for key in ("learning_rate", "schedule", "epochs", "max_steps", "warmup_ratio", "precision", "micro_batch_rows")
+        if before[key] != now[key]
+    ]
+    lines += [f"note: {note}" for note in changed]
+    state = replace(state, notes=(*state.notes, *(f"step {state.step}: {note}" for note in changed)))
     if before["micro_batch_rows"] != now["micro_batch_rows"] and has_dropout(engine.deepspeed.module.config):
         lines.append("warning: with dropout on, another micro-batch draws otherwise than an uninterrupted run would")
     return state, "\n".join(lines)
@@ -263,9 +278,8 @@ def with_changes(
 
 def steps(plan: Plan, state: TrainState, device: torch.device) -> Iterator[Step]:
     """What is left of the stream of training rows, as this rank sees it, made on `device`."""
-    train = plan.config.train
     loader = Loader(
-        plan.shards, plan.topology, micro_batch_rows=train.micro_batch_rows, order=plan.order, device=device
+        plan.shards, plan.topology, micro_batch_rows=plan.batch.micro_batch_rows, order=plan.order, device=device
     )
     for begin, end in state.stretches(plan.rows):
         yield from loader.steps(start=begin, end=end, global_batch_rows=plan.batch.global_batch_rows)
@@ -285,7 +299,7 @@ def schedule(plan: Plan, total_steps: int) -> Callable[[int], float]:
 
 def evaluator(plan: Plan, comms: Comms) -> Evaluator:
     """What is measured on the held-out data."""
-    micro, device = plan.config.train.micro_batch_rows, comms.device
+    micro, device = plan.batch.micro_batch_rows, comms.device
 
     def loader(sets: Sequence[Shards]) -> Loader:
         return Loader(Joined(sets), plan.topology, micro_batch_rows=micro, shuffle=False, device=device)
@@ -322,12 +336,12 @@ def sampling(plan: Plan) -> Sampling:
         end_ids=tokenizer.end_ids,
         context=plan.shards.seq_len,
         max_new_tokens=evaluate.max_new_tokens,
-        batch_tokens=plan.config.train.micro_batch_rows * plan.shards.seq_len,
+        batch_tokens=plan.batch.micro_batch_rows * plan.shards.seq_len,
     )
 
 
 def metrics(
-    plan: Plan, state: TrainState, total_steps: int, *, is_going_back: bool = False
+    plan: Plan, state: TrainState, total_steps: int, budget: Budget, *, is_going_back: bool = False
 ) -> tuple[Metrics, Callable[[str], None]]:
     """Where numbers go on this rank, and a way to say a line; silent on all ranks but the main one.
 
@@ -339,13 +353,35 @@ def metrics(
     path = plan.run_dir / "metrics.jsonl"
     if (is_going_back or plan.resume.from_step is not None) and path.exists():
         shutil.copyfile(path, first_free(path))
+    if budget.journal is not None:
+        budget.journal.goes_on(state.step, read_lines(path))
     console = Console(total_steps, state.step, sys.stdout)
+    truth = JsonLines(path, state.step)
+    kept = read_lines(path)
     sinks = (
-        JsonLines(path, state.step),
-        TensorBoard(plan.run_dir / "tensorboard", state.step),
+        truth,
+        TensorBoard(plan.run_dir / "tensorboard", kept),
+        *_services(plan, path, is_going_back=is_going_back),
         console,
     )
-    return Metrics(sinks), console.say
+    made = Metrics(sinks, lambda: budget.numbers, state.step, state.target_tokens)
+    config = plan.config.model_dump(mode="json", by_alias=True)
+    if config != next((line["config"] for line in reversed(kept) if "config" in line), None):
+        made.config(state.step, config)
+    return made, console.say
+
+
+def _services(plan: Plan, metrics: Path, *, is_going_back: bool) -> Iterator[Follower]:
+    """Those of the run file. Who went back by hand gets another run there: what a service was told it cannot take back."""
+    config, folder = plan.config.logging, plan.run_dir / SERVICES
+    made: list[tuple[str, Service]] = []
+    if config.wandb is not None:
+        made.append(("wandb", WeightsAndBiases(folder, **config.wandb.model_dump())))
+    if config.mlflow is not None:
+        made.append(("mlflow", MLflow(**config.mlflow.model_dump())))
+    is_another_run = plan.resume.from_step is not None and not is_going_back
+    for name, service in made:
+        yield Follower(service, metrics, folder / f"{name}.json", is_another_run=is_another_run)
 
 
 def has_measured(plan: Plan, state: TrainState, evaluator: Evaluator) -> bool:
@@ -421,22 +457,25 @@ def roll_back(
     Never twice to the same one, nor behind what was changed on purpose: `resumed` is the state that this life began with.
     Raises DivergedError where there is none, or after enough roll-backs.
     """
+    streak = state.streak
+    assert streak is not None
     is_allowed = state.roll_backs < plan.config.train.bad_steps.max_roll_backs
     found = targets(checkpoints.folder, state, resumed) if plan.topology.is_main and is_allowed else []
     for step in checkpoints.comms.broadcast(found):
         try:
-            _, back, _ = checkpoints.restore(engine.fragments, step)
+            restored = checkpoints.restore(engine.fragments, step)
+            assert restored is not None  # it was found a moment ago
         except CheckpointError as error:  # on every rank
             _log.warning("%s", error)
             continue
-        back = resumed if step == resumed.step else back
+        back = resumed if step == resumed.step else restored[1]
         engine.restored(back.adam_step, back.loss_scale)
         made, note = rolled_back(back, state)
         _log.warning("warning: %s", note)
         return made
     why = "with no other checkpoint before them to go back to" if is_allowed else f"after {state.roll_backs} roll-backs"
     raise DivergedError(
-        f"steps {state.streak.first_step} to {state.step} could not be applied, {why} (rows {state.streak.first_row} to "
+        f"steps {streak.first_step} to {state.step} could not be applied, {why} (rows {streak.first_row} to "
         f"{state.rows_consumed - 1} of the stream). Lower train.learning_rate, or look at the records in {plan.run_dir / BAD_ROWS}"
     )
 
@@ -468,8 +507,8 @@ def watchdog(plan: Plan) -> Watchdog | None:
 
     def on_hang(account: str) -> None:
         host = re.match(r"rank \d+ on host (\S+) hangs:", account)  # not one of several that are as far behind
-        made_of = (plan.life.name, "hung", made.step, account, HUNG_EXIT_CODE, host[1] if host else "")
-        Verdict(*made_of).write(plan.run_dir / "verdicts")
+        node = host[1] if host else ""
+        Verdict(plan.life.name, "hung", made.step, account, HUNG_EXIT_CODE, node).write(plan.run_dir / "verdicts")
 
     folder, seconds = plan.run_dir / WATCH, plan.config.train.hang_seconds
     made = Watchdog(folder, plan.topology, seconds, on_hang, life=plan.life.name).start()

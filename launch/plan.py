@@ -132,7 +132,7 @@ def _flops_per_second(plan: Plan, card: Gpu | None, options: Options) -> tuple[f
         made = measured(Path(options.like))
         return made.flops, f"as {options.like} had, {made.flops / 1e12:,.1f} TFLOP/s a GPU"
     peak = card.flops(plan.config.train.precision) if card else None
-    if peak is None:
+    if card is None or peak is None:
         return None, ""
     is_slower = plan.config.train.gradient_checkpointing
     mfu = options.mfu * (0.75 if is_slower else 1.0)
@@ -237,4 +237,6 @@ def compare(run_dir: Path, options: Options, say: Say) -> None:
 
 def _mfu(flops: float, card: Gpu | None, precision: str) -> str:
     peak = card.flops(precision) if card else None
-    return "" if peak is None else f": an MFU of {flops / peak:.1%} of {card.name}'s {peak / 1e12:,.0f} TFLOP/s"
+    if card is None or peak is None:
+        return ""
+    return f": an MFU of {flops / peak:.1%} of {card.name}'s {peak / 1e12:,.0f} TFLOP/s"

@@ -7,7 +7,15 @@ from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from sft_dist.data.build import Task, available_workers, prepare
 from sft_dist.data.shards import Shards
@@ -28,7 +36,7 @@ def run(config: RunConfig, *, fresh: bool, workers: int | None, task: Task | Non
         TimeElapsedColumn(), TimeRemainingColumn(),
         console=console, transient=True,
     )  # fmt: skip
-    tasks: dict[str, int] = {}
+    tasks: dict[str, TaskID] = {}
     tokens_of: Counter[str] = Counter()
 
     def progress(stage: str, done: int, total: int, tokens: int) -> None:
@@ -54,6 +62,7 @@ def run(config: RunConfig, *, fresh: bool, workers: int | None, task: Task | Non
         if tasks:
             bar.stop()
     if report is None:
+        assert task is not None  # only a task reports nothing
         more = " --fresh" if fresh else ""
         print(f"task {task.index + 1}/{task.count}: done. When all are: sft-dist prepare RUN.yaml --merge{more}")
     else:

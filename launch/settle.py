@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.stage import copy_of
 from sft_dist.batch import Batch, derive_batch, even_batch, num_steps, total_rows
+from sft_dist.data.build import is_text_in, template_in
 from sft_dist.data.mixture import Joined, Mixture
 from sft_dist.data.order import Blocks, row_numbers
 from sft_dist.data.shards import Shards
@@ -130,13 +131,12 @@ class Plan:
         """What the sample prompts are set into: of a mixture the first set's."""
         if self.config.prepare is not None:
             return self.config.prepare.template
-        return json.loads((self.shards_dir / "prepare.json").read_text())["settings"]["prepare"]["template"]
+        return template_in(self.shards_dir)
 
     @property
     def is_text(self) -> bool:
         """Whether it learns plain text, which has no questions: of a mixture, whether the first set does."""
-        schemas = json.loads((self.shards_dir / "prepare.json").read_text()).get("schemas", [])
-        return bool(schemas) and set(schemas) <= {"text", "tokens"}
+        return is_text_in(self.shards_dir)
 
     def steps(self, state: TrainState | None = None) -> int:
         """Optimizer steps of the whole run; those behind `state` are counted as they were taken."""

@@ -118,7 +118,8 @@ def _recorded(record: Path) -> Iterator[tuple[Path, str, str]]:
         for name, digest, _ in csv.reader(file):
             path = record.parents[1] / name
             if digest and path.is_file() and not path.is_symlink():
-                yield path, *digest.split("=", 1)
+                algorithm, _, value = digest.partition("=")
+                yield path, algorithm, value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

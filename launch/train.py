@@ -27,7 +27,7 @@ from sft_dist.config import load
 from sft_dist.errors import BusyError, ConfigError, DataError, HealthError, SftDistError
 from sft_dist.files import Hold, hold
 from sft_dist.identity import ALLOWANCES
-from sft_dist.limits import StopRequest, Verdict
+from sft_dist.limits import Reason, StopRequest, Verdict
 from sft_dist.metrics import Metrics, read_lines
 from sft_dist.schema import RunConfig
 from sft_dist.state import TrainState
@@ -101,6 +101,7 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
 
     from launch import fit, parts
     from sft_dist.preflight import require_room
+    from sft_dist.reproduce import require_same
 
     check_deadline(plan.config)
     tight = None
@@ -108,7 +109,9 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
         tight = fit.refuse_what_cannot_fit(plan, fit.model_of(plan), fit.of_this_machine(plan.topology))
     held = lock(plan.run_dir) if plan.topology.is_main else None
     model, made = parts.model(plan)
-    checkpoints = parts.checkpoints(plan, parts.identity(plan, made))
+    identity = parts.identity(plan, made)
+    require_same(plan.config.reproduces, identity, plan.config)
+    checkpoints = parts.checkpoints(plan, identity)
     if not plan.resume.is_fresh and plan.topology.is_main:
         read_lines(plan.run_dir / "metrics.jsonl")
     if not plan.resume.is_fresh:
@@ -144,8 +147,9 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     causes = [cause for cause in comms.gather(stop.cause) if cause]
     if plan.topology.is_main:
         detail = f"asked to stop by {causes[0]}" if causes and reason == "stopped" else f"{state.step} of {total} steps"
-        if reason == "plateaued":
-            detail = parts.early_stopping(plan).describe(state.best)
+        early = parts.early_stopping(plan)
+        if reason == "plateaued" and early is not None and state.best is not None:
+            detail = early.describe(state.best)
         if reason == "spent":
             detail = budget.cause or detail
         Verdict(plan.life.name, reason, state.step, detail).write(plan.run_dir / "verdicts")
@@ -169,7 +173,7 @@ def _train(
     stop: StopRequest,
     watching: watchdog.Watchdog | None,
     budget: Budget,
-) -> tuple[str, TrainState, int]:
+) -> tuple[Reason, TrainState, int]:
     """From a model to its last step; returns why it ended, the state that is saved by then, and the steps of the run."""
     from launch import fit, parts
     from sft_dist.preflight import rehearse
@@ -177,6 +181,7 @@ def _train(
     def beat(phase: str) -> None:
         if watching is not None:
             watching.beat(0, phase)
+        budget.enter(phase)
 
     beat("examine the machines")
     nodes, healthy = parts.examine(plan, checkpoints.comms)
@@ -193,7 +198,7 @@ def _train(
     total = plan.steps(state)
     beat("write a sample")
     speed = rehearse(checkpoints, engine.fragments)
-    metrics, say = parts.metrics(plan, state, total)
+    metrics, say = parts.metrics(plan, state, total, budget)
     for line in [
         f"{plan.describe()}\nmodel: {count:,} parameters; packed documents kept apart (logits move {moved:.0e})",
         resumed_from,
@@ -227,7 +232,7 @@ def _to_the_end(
     watching: watchdog.Watchdog | None,
     budget: Budget,
     nodes: Sequence[str],
-) -> tuple[str, TrainState, int]:
+) -> tuple[Reason, TrainState, int]:
     """Train from `resumed` on, and from an earlier checkpoint where steps can no longer be applied; returns as `_train` does."""
     from launch import parts
     from sft_dist.stragglers import Stragglers
@@ -262,10 +267,11 @@ def _to_the_end(
                 return reason, state, total
             if watching is not None:
                 watching.beat(state.step, "restore")
+            budget.enter("restore")
             state = parts.roll_back(plan, checkpoints, engine, state, resumed)
             total = plan.steps(state)
             metrics.close()
-            metrics, _ = parts.metrics(plan, state, total, is_going_back=True)
+            metrics, _ = parts.metrics(plan, state, total, budget, is_going_back=True)
     finally:
         metrics.close()
 
@@ -296,6 +302,7 @@ def lock(run_dir: Path) -> Hold:
 # What a run writes, beside its shards.
 _RUN_FILES = (
     "run.yaml",
+    "environment.json",
     "metrics.jsonl",
     "tensorboard",
     "checkpoints",
@@ -305,6 +312,8 @@ _RUN_FILES = (
     ".watch",
     "usage.jsonl",
     "bad_rows.jsonl",
+    "services",
+    "report.html",
 )
 
 
@@ -326,6 +335,8 @@ def set_aside(run_dir: Path) -> Path | None:
 if __name__ == "__main__":
     try:
         code = main()
+    except SystemExit as end:  # --help, or an option that is none
+        code = end.code if isinstance(end.code, int) else 1
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -5,15 +5,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from sft_dist.attention import Forward
 from sft_dist.comms import Comms
+from sft_dist.data.build import is_text_in, template_in
 from sft_dist.data.records import Conversation, Turn
 from sft_dist.data.template import Template
 from sft_dist.data.tokenise import Tokenizer, prompt_ids
+from sft_dist.data.work import template_for
+from sft_dist.errors import DataError
+from sft_dist.schema import RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,26 @@ def own_prompts(texts: Sequence[str], template: Template, tokenizer: Tokenizer, 
     return made
 
 
+Way = Literal["text", "alone", "turns"]
+
+
+def way_of(config: RunConfig, tokenizer: Tokenizer) -> Way:
+    """How a model that was trained so is asked: by `text` that it goes on with, by questions each `alone`, or in `turns`."""
+    folder = Path(config.shards_dirs[0])
+    has_shards = (folder / "prepare.json").is_file()
+    if has_shards and is_text_in(folder):
+        return "text"
+    name = config.prepare.template if config.prepare else template_in(folder) if has_shards else "tokenizer"
+    template = template_for("tokenizer" if name.endswith(".jinja") else name, tokenizer)
+    if isinstance(template, Template):
+        return "turns" if template.is_multi_turn else "alone"
+    try:
+        template.render_prompt((Turn("user", "1"), Turn("assistant", "2"), Turn("user", "3")), tokenizer.eos_token)
+    except DataError:
+        return "alone"
+    return "turns"
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """The prompts to be answered, and what decoding needs.
@@ -72,7 +98,7 @@ class Sampling:
         """The model's answers to the prompts, with the expected ones; every rank takes part."""
         longest = max((len(prompt.ids) for prompt in self.prompts), default=0) + self.max_new_tokens
         count = max(1, self.batch_tokens // min(longest, self.context)) if self.prompts else 1
-        made = []
+        made: list[Mapping[str, str]] = []
         for at in range(0, len(self.prompts), count):
             together = self.prompts[at : at + count]
             found = answers(

@@ -37,7 +37,9 @@ def derive_batch(
     >>> derive_batch(train, world_size=8, documents_per_row=10.0).global_batch_rows
     384
     """
-    unit = config.micro_batch_rows * world_size
+    micro_batch_rows = config.micro_batch_rows
+    assert micro_batch_rows != "auto"  # settled before
+    unit = micro_batch_rows * world_size
     if config.global_batch_samples is not None and resumed_rows is not None:
         rows = resumed_rows
     elif config.global_batch_samples is not None:
@@ -47,10 +49,10 @@ def derive_batch(
     if rows % unit:
         nearest = sorted({max(unit, rows // unit * unit), (rows // unit + 1) * unit})
         raise ConfigError(
-            f"train.global_batch_rows: {rows} is not a multiple of micro_batch_rows {config.micro_batch_rows} x "
+            f"train.global_batch_rows: {rows} is not a multiple of micro_batch_rows {micro_batch_rows} x "
             f"{world_size} processes = {unit}. Use {' or '.join(map(str, nearest))}, or another micro_batch_rows"
         )
-    return Batch(rows, config.micro_batch_rows, rows // unit, world_size)
+    return Batch(rows, micro_batch_rows, rows // unit, world_size)
 
 
 def even_batch(

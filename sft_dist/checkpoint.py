@@ -120,6 +120,7 @@ class Checkpoints:
         saved, self._writer, self._saved = self._saved, None, None
         if isinstance(saved, BaseException):
             raise saved
+        assert saved is not None
         if saved.failure is None:
             self.saved_step, self._failures = saved.step, 0
         else:
@@ -140,11 +141,9 @@ class Checkpoints:
             self.begin(fragments, state)
             saved = self.finish(waiting)
             assert saved is not None
-            if saved.failure is None:
-                break
-        else:
-            raise UnsavedError(cannot_be_written(saved.failure))
-        return saved
+            if (why := saved.failure) is None:
+                return saved
+        raise UnsavedError(cannot_be_written(str(why)))
 
     def _behind(self, state: TrainState, stall: float) -> None:
         """The thread."""
@@ -200,7 +199,7 @@ class Checkpoints:
                 inner = name if path == source else f"{name}/{path.relative_to(source).as_posix()}"
                 (partial / inner).parent.mkdir(parents=True, exist_ok=True)
                 files[inner] = write_blocks(partial / inner, path.read_bytes())
-        manifest = {
+        manifest: dict[str, Any] = {
             "step": state.step,
             "world_size": self.comms.topology.world_size,
             "zero_stage": self.stage,

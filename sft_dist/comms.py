@@ -25,9 +25,9 @@ class Comms:
 
     def __init__(self, topology: Topology, device: torch.device, *, timeout: timedelta = timedelta(minutes=30)) -> None:
         self.topology, self.device, self.timeout = topology, device, timeout
-        rendezvous = {"init_method": topology.rendezvous}
+        rendezvous: dict[str, Any] = {"init_method": topology.rendezvous}
         if topology.world_size == 1:  # nobody to meet
-            rendezvous = {"store": dist.HashStore()}
+            rendezvous = {"store": dist.HashStore()}  # type: ignore[attr-defined]
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, rank=topology.rank, world_size=topology.world_size, timeout=timeout, **rendezvous

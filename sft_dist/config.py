@@ -6,10 +6,12 @@ Everything is checked before any process starts. An error names the file, the ke
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -30,7 +32,24 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             f"{path}: train.precision: {config.train.precision!r} is not allowed at ZeRO stage 0 ({config.zero}): DeepSpeed's optimizer takes a "
             "wrong first step there. Use ds_configs/zero1.json, or train.precision=fp32"
         )
+    _check_logging(path, config)
     return config
+
+
+def _check_logging(path: str | Path, config: RunConfig) -> None:
+    """The packages of the services are there, and no password is where it would be written down."""
+    for service in ("wandb", "mlflow"):
+        if getattr(config.logging, service) is not None and importlib.util.find_spec(service) is None:
+            raise ConfigError(
+                f"{path}: logging.{service}: needs the package {service}, which is not installed; pip install 'sft-dist[{service}]', "
+                "or leave the section out"
+            )
+    uri = config.logging.mlflow and config.logging.mlflow.tracking_uri
+    if uri and urlsplit(uri).password:
+        raise ConfigError(
+            f"{path}: logging.mlflow.tracking_uri: holds a password, which the run would write down; leave the key out and set "
+            "MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

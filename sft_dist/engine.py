@@ -104,7 +104,7 @@ class Engine:
         and moments have not moved).
         """
         self.deepspeed.train()
-        losses, rows = torch.zeros(64, dtype=torch.float64, device=self.device), []
+        losses, rows = torch.zeros(64, dtype=torch.float64, device=self.device), list[Any]()
         fed = torch.zeros(3, dtype=torch.int64, device=self.device)
         set_sums = torch.zeros(2, self.num_sets, dtype=torch.float64, device=self.device) if self.num_sets > 1 else None
         batches = _with_last(micro_batches)
@@ -187,12 +187,12 @@ class Engine:
             set_sums += sums_by_set(log_probs.detach(), targets, micro_batch.sets.to(self.device), self.num_sets)
         return -log_probs.sum()
 
-    def _fed(self, *batch: torch.Tensor) -> torch.Tensor:
+    def _fed(self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What the ledger holds of the very tensors that the model is given."""
         if self._ledger_keys is None:
-            self._ledger_keys = torch.from_numpy(ledger.keys(self.config.seed, batch[0].shape[1])).to(self.device)
-        sums = [ledger.row_hashes(*batch, of_function).sum() for of_function in self._ledger_keys]
-        return torch.stack([torch.full_like(sums[0], len(batch[0])), *sums])
+            self._ledger_keys = torch.from_numpy(ledger.keys(self.config.seed, tokens.shape[1])).to(self.device)
+        sums = [ledger.row_hashes(tokens, targets, positions, of_function).sum() for of_function in self._ledger_keys]
+        return torch.stack([torch.full_like(sums[0], len(tokens)), *sums])
 
     def _seed(self, ordinal: int) -> None:
         """Randomness belongs to the data: the draws of a micro-batch depend on its first row, never on the rank."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 
 class SftDistError(Exception):
     """Base of the errors whose text is written for the user.
@@ -10,7 +12,7 @@ class SftDistError(Exception):
     """
 
     exit_code = 1
-    verdict = "refused"
+    verdict: ClassVar[Literal["refused", "busy", "unhealthy", "diverged", "unsaved"]] = "refused"
 
 
 class ConfigError(SftDistError):

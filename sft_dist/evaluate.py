@@ -10,17 +10,19 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
 
+from sft_dist import document_losses
 from sft_dist.answers import Sampling
 from sft_dist.attention import Forward
 from sft_dist.comms import Comms
 from sft_dist.data.loader import Loader, MicroBatch
+from sft_dist.data.mixture import Joined
 from sft_dist.data.shards import Shards
 from sft_dist.errors import DataError
 from sft_dist.labels import LabelTask, confusion, label_metrics, label_scores
@@ -94,24 +96,46 @@ def file_names(paths: Sequence[str]) -> tuple[str, ...]:
     return tuple(made)
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured of a model: `values` by the names of their metrics; the distribution of the documents' losses; of a label
+    task the confusion matrix.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    documents: Mapping[str, Any] | None = None
+    confusion: Mapping[str, Any] | None = None
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """To every sink."""
+        metrics.scalars(step, self.values)
+        if self.documents is not None:
+            metrics.document_losses(step, self.documents)
+        if self.confusion is not None:
+            metrics.confusion(step, self.confusion)
+
+
 def held_out_loss(
     forward: Forward, loader: Loader, comms: Comms, *, name: str = "validation", sources: Sources | None = None
-) -> dict[str, float]:
+) -> Measured:
     """Mean loss over all target tokens of the set, and its exponential; the same number for any world size.
 
     Every row is read once; the sum is exact to fp64 whatever rank a row fell to. With `sources` the same of each that has
-    target tokens, from the same forward passes; they move nothing of the whole.
+    target tokens; and how the losses of the documents are distributed: from the same forward passes, they move nothing of the
+    whole.
     """
     totals = torch.zeros(2, dtype=torch.float64)
+    by_document = torch.zeros(document_losses.NUM_BUCKETS + 1, dtype=torch.float64)
     by_source = torch.zeros(2, len(sources.names) if sources else 0, dtype=torch.float64)
     for batch in loader.sweep().micro_batches:
         log_probs = _log_probs(forward, batch)
         totals += torch.tensor([-log_probs.double().sum().item(), len(log_probs)], dtype=torch.float64)
+        by_document += document_losses.sums(batch, log_probs)
         if sources is not None:
             by_source += sources.sums(batch, log_probs)
     total, count = comms.sum_tensor(totals).tolist()
     if count == 0:
-        return {}
+        return Measured()
     values = {f"{name}_loss": total / count, f"{name}_perplexity": _perplexity(total / count)}
     if sources is not None:
         for source, loss, tokens in zip(sources.names, *comms.sum_tensor(by_source).tolist(), strict=True):
@@ -120,7 +144,7 @@ def held_out_loss(
                     f"{name}_loss/{source}": loss / tokens,
                     f"{name}_perplexity/{source}": _perplexity(loss / tokens),
                 }
-    return values
+    return Measured(values, document_losses.distribution(comms.sum_tensor(by_document)))
 
 
 def _perplexity(loss: float) -> float:
@@ -132,20 +156,6 @@ def _log_probs(forward: Forward, batch: MicroBatch) -> torch.Tensor:
     """Log-probabilities of a micro-batch's targets on the host; the logits never leave their device."""
     logits = forward(batch.tokens, batch.positions)
     return target_log_probs(logits, batch.tokens.to(logits.device), batch.targets.to(logits.device)).cpu()
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What was measured of a model: `values` by the names of their metrics; of a label task the confusion matrix."""
-
-    values: dict[str, float] = field(default_factory=dict)
-    confusion: Mapping[str, Any] | None = None
-
-    def write(self, step: int, metrics: Metrics) -> None:
-        """To every sink."""
-        metrics.scalars(step, self.values)
-        if self.confusion is not None:
-            metrics.confusion(step, self.confusion)
 
 
 class Evaluator:
@@ -172,35 +182,39 @@ class Evaluator:
 
     def interim(self, step: int, forward: Forward, metrics: Metrics) -> dict[str, float]:
         """Measure and write what is wanted during the run: the loss, and the scores of a label task where they always are."""
-        measured = self.metrics(forward) if self.scores_always else Measured(self.loss(forward))
+        measured = self.metrics(forward) if self.scores_always else self.loss(forward)
         measured.write(step, metrics)
         return measured.values
 
-    def loss(self, forward: Forward) -> dict[str, float]:
-        """Validation loss and perplexity; empty without a validation set."""
+    def loss(self, forward: Forward) -> Measured:
+        """Validation loss and perplexity, whole, by source and by document; nothing without a validation set."""
         if self.validation is None:
-            return {}
+            return Measured()
         return held_out_loss(forward, self.validation, self.comms, sources=self.sources)
 
     def metrics(self, forward: Forward) -> Measured:
         """The loss, and the scores of a label task."""
-        values = self.loss(forward)
+        measured = self.loss(forward)
         if self.task is None:
-            return Measured(values)
+            return measured
         task, rows = self.task, self.validation.micro_batch_rows if self.validation is not None else 1
         scores = label_scores(forward, task, self.comms, micro_batch_rows=rows)
-        values |= label_metrics(task.truth, scores.predicted, num_labels=len(task.labels), positive=task.positive)
+        values = measured.values | label_metrics(
+            task.truth, scores.predicted, num_labels=len(task.labels), positive=task.positive
+        )
         values["validation_exact_match"] = float(scores.is_exact.mean())
-        return Measured(values, confusion(task.labels, task.truth, scores.predicted))
+        return replace(measured, values=values, confusion=confusion(task.labels, task.truth, scores.predicted))
 
     def general_loss(self, forward: Forward) -> dict[str, float]:
         """Loss and perplexity of the general text; empty without one."""
-        return held_out_loss(forward, self.general, self.comms, name="general") if self.general is not None else {}
+        return (
+            held_out_loss(forward, self.general, self.comms, name="general").values if self.general is not None else {}
+        )
 
     def measure(self, step: int, forward: Forward, metrics: Metrics, *, is_scored: bool = False) -> None:
         """Measure and write what is compared before and after; `is_scored`: the validation set was, at this very step."""
         measured = Measured() if is_scored else self.metrics(forward)
-        Measured(measured.values | self.general_loss(forward), measured.confusion).write(step, metrics)
+        replace(measured, values=measured.values | self.general_loss(forward)).write(step, metrics)
         if self._answered_step != step:
             self.answer(step, forward, metrics)
 
@@ -244,7 +258,7 @@ def open_shards(folder: Path, name: str) -> Shards | None:
     return Shards.open(folder / name) if (folder / name).is_dir() else None
 
 
-def same_tokenizer(shards: Shards, fingerprint: str, model: str) -> None:
+def same_tokenizer(shards: Shards | Joined, fingerprint: str, model: str) -> None:
     """Refuse to measure a model on rows that another tokenizer cut.
 
     Raises DataError naming both fingerprints.

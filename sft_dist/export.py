@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from sft_dist.answers import way_of
+from sft_dist.card import CARD, model_card
 from sft_dist.config import read
+from sft_dist.data.build import without_licences
 from sft_dist.data.records import Turn
 from sft_dist.data.tokenise import Tokenizer, prompt_ids
 from sft_dist.data.work import template_for
@@ -20,20 +24,28 @@ from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.files import publish
 from sft_dist.layout import Fragment, whole
 from sft_dist.manifest import masters
+from sft_dist.reproduce import RECIPE, caveats_of, recipe, weights_digest
 from sft_dist.schema import RunConfig
+from sft_dist.state import TrainState
 
-ABOUT = "sft_dist.json"  # in an export: which run, step and shards it is from
+ABOUT = "sft_dist.json"  # in an export: which run, step and shards it is from, and how it is asked
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a whole checkpoint of a run holds, as a plain model."""
+    """What the whole checkpoint at `path` holds, as a plain model; `weights` is the digest of its fp32 weights."""
 
     model: PreTrainedModel
     config: RunConfig
-    tokenizer: Path
-    step: int
+    path: Path
+    state: TrainState
+    weights: str
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of its tokenizer."""
+        return self.path / "tokenizer"
 
 
 def read_run(run_dir: Path, dtype: torch.dtype | None = None) -> Trained:
@@ -56,10 +68,10 @@ def read_run(run_dir: Path, dtype: torch.dtype | None = None) -> Trained:
     if found is None:
         raise CheckpointError(f"{run_dir}: no checkpoint there yet; train first, or name another run folder")
     (path, state), (model,) = found, built
-    config = read(path / "run.yaml")
+    config, weights = read(path / "run.yaml"), weights_digest(model.named_parameters())
     for parameter in model.parameters():  # not model.to(): rotary tables stay fp32, as they do in training
         parameter.data = parameter.data.to(dtype or _DTYPES[config.train.precision])
-    return Trained(model.eval(), config, path / "tokenizer", state.step)
+    return Trained(model.eval(), config, path, state, weights)
 
 
 def _stops_early(run_dir: Path) -> bool:
@@ -67,18 +79,54 @@ def _stops_early(run_dir: Path) -> bool:
     return path.is_file() and read(path).evaluate.early_stopping is not None
 
 
-def export(run_dir: Path, out: Path, dtype: torch.dtype | None = None) -> int:
-    """Write `out` whole or not at all: safetensors, config, tokenizer, chat template, generation config.
+def export(
+    run_dir: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    max_shard_size: str | None = None,
+    license: str | None = None,
+    where: str | None = None,
+) -> int:
+    """Write `out` whole or not at all: safetensors, config, tokenizer with chat template, generation config, card, recipe.
 
     The staged folder is loaded again with plain transformers and must give the same weights, logits and token ids.
-    Returns the step. Raises ConfigError when `out` exists, CheckpointError when the comparison fails.
+    `max_shard_size`: of a file of weights, as `5GB`; default: transformers' own. `where`: what the card calls the model.
+    Returns the step. Raises ConfigError when `out` exists, or cannot hold the weights in `dtype`, CheckpointError when it
+    cannot be written or the comparison fails: then nothing is left of it.
     """
     if out.exists():
         raise ConfigError(f"{out}: already exists and is kept; choose another folder, or move it away")
-    trained = read_run(run_dir, dtype)
     staged = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
+    shutil.rmtree(staged, ignore_errors=True)  # of one that was killed
+    trained = read_run(run_dir, dtype)
+    _require_finite(trained.model)
+    try:
+        staged.mkdir(parents=True)
+        tokenizer = _write_model(staged, trained, max_shard_size)
+        _write_about(staged, run_dir, trained, license, where or f"./{out.name}")
+        _compare(staged, trained, tokenizer)
+        publish(staged, out)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{out}: cannot be written ({str(error).splitlines()[0]}); nothing is left of it. Make room, or choose another folder"
+        ) from None
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return trained.state.step
+
+
+def _require_finite(model: PreTrainedModel) -> None:
+    """A weight beyond the range of fp16 would become infinite. Raises ConfigError."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ConfigError(
+                f"--dtype: {name} has weights that {str(parameter.dtype)[6:]} cannot hold; take bfloat16 or float32"
+            )
+
+
+def _write_model(staged: Path, trained: Trained, max_shard_size: str | None) -> Any:
+    """All that plain transformers reads; returns the tokenizer as it reads it."""
     shutil.copytree(trained.tokenizer, staged, dirs_exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(staged, trust_remote_code=False)
     trained.model.config.use_cache = True
@@ -89,13 +137,31 @@ def export(run_dir: Path, out: Path, dtype: torch.dtype | None = None) -> int:
         pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
     )
-    trained.model.save_pretrained(staged)
-    config = trained.config
-    about = {"run_dir": str(run_dir), "step": trained.step, "shards": config.shards_dirs, "sets": config.set_names}
-    (staged / ABOUT).write_text(json.dumps(about, indent=2))
-    _compare(staged, trained, tokenizer)
-    publish(staged, out)
-    return trained.step
+    trained.model.save_pretrained(staged, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
+    return tokenizer
+
+
+def _write_about(staged: Path, run_dir: Path, trained: Trained, license: str | None, where: str) -> None:
+    """All that tells where it is from: for this program, for people, and to have it again."""
+    config, state = _as_licensed(trained.config, run_dir, license), trained.state
+    way = way_of(config, Tokenizer.load(str(trained.tokenizer)))
+    about = {"run_dir": str(run_dir), "step": state.step, "shards": config.shards_dirs, "sets": config.set_names}
+    (staged / ABOUT).write_text(json.dumps(about | {"asked": way}, indent=2))
+    caveats = list(caveats_of(run_dir, state))
+    (staged / RECIPE).write_text(recipe(run_dir, trained.path, config, state, trained.weights, caveats))
+    card = model_card(run_dir, trained.path, config, state, trained.model, way=way, where=where, caveats=caveats)
+    (staged / CARD).write_text(card)
+
+
+def _as_licensed(config: RunConfig, run_dir: Path, license: str | None) -> RunConfig:
+    """With the licences that the run file has got since the checkpoint, where nothing else of it has changed."""
+    path = run_dir / "run.yaml"
+    now = read(path) if path.is_file() else config
+    if without_licences(now.model_dump(mode="json")) == without_licences(config.model_dump(mode="json")):
+        config = now
+    return (
+        config.model_copy(update={"model": config.model.model_copy(update={"license": license})}) if license else config
+    )
 
 
 def _compare(folder: Path, trained: Trained, tokenizer: Any) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 def matmul_parameters(model: torch.nn.Module) -> int:
     """Parameters that each token is multiplied with: all matrices but the embeddings, and the head though it may be one of those."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    head = model.get_output_embeddings().weight
+    head = cast(PreTrainedModel, model).get_output_embeddings().weight
     inner = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings and p is not head)
     return inner + head.numel()
 

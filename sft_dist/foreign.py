@@ -236,7 +236,7 @@ def _imports(path: Path) -> set[str]:
         if damaged is not None:
             raise _error(path, f"{damaged} fails its checksum: damaged since it was written")
         codes = pickletools.genops(archive.read(pickles[0]))
-        return {argument.replace(" ", ".") for code, argument, _ in codes if code.name in ("GLOBAL", "INST")}
+        return {str(argument).replace(" ", ".") for code, argument, _ in codes if code.name in ("GLOBAL", "INST")}
 
 
 def _rank(path: Path) -> _Rank:

@@ -61,7 +61,7 @@ def whole(module: torch.nn.Module) -> Iterator[Fragment]:
         yield Fragment(name, parameter.numel(), 0, {"master": parameter.detach().view(-1)})
 
 
-def _frozen(name: str, parameter: torch.nn.Parameter, rank: int) -> Iterator[Fragment]:
+def _frozen(name: str, parameter: Any, rank: int) -> Iterator[Fragment]:
     """A weight that is not trained: partitioned at stage 3, whole on every rank elsewhere."""
     if not hasattr(parameter, "ds_tensor"):
         yield Fragment(name, parameter.numel(), 0, {"master": parameter.detach().view(-1)}, is_replicated=True)
@@ -73,7 +73,7 @@ def _frozen(name: str, parameter: torch.nn.Parameter, rank: int) -> Iterator[Fra
         yield Fragment(name, parameter.ds_numel, offset, {"master": part.detach().view(-1)[:numel]})
 
 
-def _place(parameter: torch.nn.Parameter, optimizer: Any, adam: Any, rank: int) -> tuple[torch.Tensor, int, int, int]:
+def _place(parameter: Any, optimizer: Any, adam: Any, rank: int) -> tuple[torch.Tensor, int, int, int]:
     """(Adam's tensor, where the run starts in it, where it starts in the parameter, its elements)."""
     if hasattr(parameter, "ds_tensor"):  # stage 3: equal partitions, the last ones padded
         group, start, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]

@@ -145,8 +145,8 @@ def masters(
     damage = []
     ordered = list_folders(folder)[::-1]
     if is_best:
-        scores = {path: score_at(path) for path in ordered}
-        ordered.sort(key=lambda path: math.inf if scores[path] is None else scores[path])
+        scores = {path: math.inf if (score := score_at(path)) is None else score for path in ordered}
+        ordered.sort(key=scores.__getitem__)
     for path in ordered:
         try:
             manifest = read_manifest(path)

@@ -34,11 +34,15 @@ class Alive(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """When a parameter's gradient came: its number of elements, the most that was alive since the last one, and what is then."""
+    """When a parameter's gradient came: its number of elements, the most that was alive since the last one, and what is then.
+
+    `layer`: which of the model's layers the parameter is of; -1: of none.
+    """
 
     numel: int
     peak: Alive
     after: Alive
+    layer: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,7 @@ class Traced:
 
         pairs = zip(self.gradients, two.gradients, strict=True)
         gradients = (
-            Gradient(one.numel, more(one.peak, other.peak), more(one.after, other.after)) for one, other in pairs
+            one._replace(peak=more(one.peak, other.peak), after=more(one.after, other.after)) for one, other in pairs
         )
         return Traced(more(self.forward, two.forward), tuple(gradients))
 
@@ -77,7 +81,7 @@ class Traced:
         (Alive(bytes=400, logits=0), 560.0)
         """
         moments, filled, before = [(Alive(0), 0.0)], 0, Alive(0)
-        for place, (numel, peak, after) in enumerate(self.gradients):
+        for place, (numel, peak, after, _) in enumerate(self.gradients):
             if place:  # the first one's peak is that of all before it, when there is no bucket yet
                 moments.append((peak, bytes_of_bucket))
             if filled and filled + numel > bucket:
@@ -127,6 +131,12 @@ class Live(TorchDispatchMode):
         self.peak = Alive(self.bytes, self.logits)
 
 
+def layers_of(model: torch.nn.Module, made: PretrainedConfig) -> list[torch.nn.Module]:
+    """The layers that the model stacks; none where they cannot be told from its other parts."""
+    stacks = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    return next((list(stack) for stack in stacks if len(stack) == made.num_hidden_layers), [])
+
+
 def trace(
     config: ModelConfig, made: PretrainedConfig, *, rows: int, seq_len: int, precision: str, checkpointing: bool
 ) -> Traced:
@@ -140,10 +150,13 @@ def trace(
         before = live.bytes
         live.restart()
         gradients: list[Gradient] = []
+        layers = enumerate(layers_of(model, made))
+        layer_of = {id(parameter): number for number, layer in layers for parameter in layer.parameters()}
 
         def take(parameter: torch.Tensor) -> None:
             peak, parameter.grad = Alive(live.peak.bytes - before, live.peak.logits), None
-            gradients.append(Gradient(parameter.numel(), peak, Alive(live.bytes - before, live.logits)))
+            after, layer = Alive(live.bytes - before, live.logits), layer_of.get(id(parameter), -1)
+            gradients.append(Gradient(parameter.numel(), peak, after, layer))
             live.restart()
 
         for parameter in model.parameters():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -97,7 +100,7 @@ def has_dropout(made: PretrainedConfig) -> bool:
     return any(getattr(made, name, 0) for name in _DROPOUTS)
 
 
-def _load(load, what: str):
+def _load(load: Callable[[], Any], what: str) -> Any:
     try:
         return load()
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError, SafetensorError) as error:

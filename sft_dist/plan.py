@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from sft_dist.depth import traced
 from sft_dist.errors import ConfigError, ModelError
 from sft_dist.flops import flops_per_row, matmul_parameters
 from sft_dist.gpus import GIB, Gpu
-from sft_dist.memory import Parts, Size, Traced, parts, trace
+from sft_dist.memory import Parts, Size, Traced, parts
 from sft_dist.schema import ModelConfig
 
 ERROR = 0.10  # of a prediction, at most: what is more than so much too large is refused
@@ -59,8 +60,12 @@ class Model:
                 "planned. Give train.micro_batch_rows a number, and see"
             )
         if checkpointing not in self._traced:
-            names = {"seq_len": self.seq_len, "precision": self.precision, "checkpointing": checkpointing}
-            one, two = (trace(self.config, self.made, rows=count, **names) for count in (1, 2))
+            names: dict[str, Any] = {
+                "seq_len": self.seq_len,
+                "precision": self.precision,
+                "checkpointing": checkpointing,
+            }
+            one, two = (traced(self.config, self.made, self.meta, rows=count, **names) for count in (1, 2))
             self._traced[checkpointing] = one, two
         one, two = self._traced[checkpointing]
         return parts(self.size, one.grown(two, rows), zero, world_size=world_size, precision=self.precision)
@@ -125,7 +130,7 @@ def choices(
         if model.precision != "fp32" and stage == 0:
             continue  # refused: DeepSpeed's optimizer takes a wrong first step there
         for checkpointing in (False, True):
-            common = {"world_size": world_size, "checkpointing": checkpointing}
+            common: dict[str, Any] = {"world_size": world_size, "checkpointing": checkpointing}
             largest = model.largest(zero, gpu, rows_per_rank=rows_per_rank, **common) if gpu is not None else None
             used = rows or largest or 1
             made = model.parts(zero, rows=used, **common)

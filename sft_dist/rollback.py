@@ -18,6 +18,7 @@ def targets(folder: Path, state: TrainState, resumed: TrainState) -> list[int]:
     Not the one that was gone back to before, and none that does not know what was changed on purpose since: `resumed` is the
     state that this life began with, which stands for the checkpoint of its step.
     """
+    assert state.streak is not None
     found = []
     for path in reversed(list_folders(folder)):
         step = step_of(path)
@@ -44,6 +45,7 @@ def rolled_back(back: TrainState, state: TrainState) -> tuple[TrainState, str]:
     (((48, 72),), 1, 'step 9: rolled back to step 4; the ordinals 48 to 71 of the 3 steps that could not be applied are skipped')
     """
     streak, behind = state.streak, back.rows_consumed
+    assert streak is not None
     ordinals = f"{streak.first_row} to {state.rows_consumed - 1}"
     note = (
         f"step {state.step}: rolled back to step {back.step}; the ordinals {ordinals} of the {streak.steps} steps that could not be "

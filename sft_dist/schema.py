@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 
 def _float_from_text(value: Any) -> Any:
@@ -39,25 +39,30 @@ Format = Literal["jsonl", "json", "csv", "tsv", "txt", "parquet", "megatron", "n
 class SourceConfig(Section):
     """One file (or glob, or folder, or dataset of the Hugging Face hub) of raw records, and how to read it."""
 
-    path: str
+    path: str = Field(examples=["data/train.jsonl", "data/*.parquet", "hf:tatsu-lab/alpaca"])
     """A file, a glob or a folder, relative to the current directory; or `hf:` and the id of a dataset on the hub."""
-    schema_: Schema | None = Field(default=None, alias="schema")
+    schema_: Schema | None = Field(default=None, alias="schema", examples=["text"])
     """How a record becomes a conversation; default: found from the first records, and said aloud."""
-    format: Format | None = None
+    format: Format | None = Field(default=None, examples=["jsonl"])
     """Default: from the file's suffix; each also as .gz or .zst. `megatron` and `nanogpt` hold token ids."""
-    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1, examples=[";"])
     """Column separator; a tab means that quotes are ordinary characters. Implies csv or tsv."""
     text: Column = "text"
     """Column of the text (label and text schemas): a name, or a 0-based number in a file without a header."""
     label: Column = "label"
     """Column of the class name."""
     prompt: Column = "prompt"
+    """Column of the question (prompt_response schema); unnamed, the usual pairs are tried, such as question and answer."""
     response: Column = "response"
+    """Column of the answer."""
     messages: Column = "messages"
-    subset: str | None = None
+    """Column of the list of messages (messages and sharegpt schemas)."""
+    subset: str | None = Field(default=None, examples=["main"])
     """Configuration of an `hf:` dataset."""
     split: str = "train"
     """Split of an `hf:` dataset."""
+    license: str | None = None
+    """Licence of the records, as `cc-by-4.0`: told on the model card of an export; the rows do not depend on it."""
 
 
 class SentencePieceTraining(Section):
@@ -73,12 +78,13 @@ class TrainedTokenizer(Section):
     """A tokenizer to be trained, instead of one to be loaded."""
 
     sentencepiece: SentencePieceTraining
+    """By byte-pair encoding, on the training split."""
 
 
 class SelectConfig(Section):
     """LIMA-style selection: of what survives everything else, the best and most different examples."""
 
-    count: int = Field(ge=1)
+    count: int = Field(ge=1, examples=[1000])
     """Training examples to keep."""
     quality: Float = Field(default=0.5, ge=0.0, le=1.0)
     """0 spreads the choice as widely as possible, 1 takes the highest quality only."""
@@ -100,47 +106,55 @@ class CurateConfig(Section):
     strip_end_of_text: bool = False
     """Remove the tokenizer's end token where it is spelled out at the end of a response."""
     min_prompt_characters: int = Field(default=1, ge=1)
-    max_prompt_characters: int | None = Field(default=None, ge=1)
+    """Drop records with a shorter prompt."""
+    max_prompt_characters: int | None = Field(default=None, ge=1, examples=[20_000])
+    """Drop records with a longer prompt; null: none is too long."""
     min_response_characters: int = Field(default=1, ge=1)
-    max_response_characters: int | None = Field(default=None, ge=1)
-    max_repetition: Float | None = Field(default=None, gt=0.0, le=1.0)
+    """Drop records with a shorter response."""
+    max_response_characters: int | None = Field(default=None, ge=1, examples=[20_000])
+    """Drop records with a longer response; null: none is too long."""
+    max_repetition: Float | None = Field(default=None, gt=0.0, le=1.0, examples=[0.3])
     """Drop a response when more than this share of its words lies in repeated 5-word sequences; 0.3 is usual."""
-    max_symbols: Float | None = Field(default=None, gt=0.0, le=1.0)
+    max_symbols: Float | None = Field(default=None, gt=0.0, le=1.0, examples=[0.3])
     """Drop a response when more than this share of its characters is neither letter, digit nor space."""
-    languages: list[str] | None = None
+    languages: list[str] | None = Field(default=None, examples=[["en", "de"]])
     """Keep only these languages (ISO 639-1, as `[en, de]`); needs the extra `sft-dist[language]`."""
     duplicates: bool = True
     """Drop exact repeats of prompt and response (before the split, or the score is a lie)."""
     same_prompt: Literal["keep", "first", "last", "longest"] = "keep"
     """Which answers stay when one prompt has several."""
-    near_duplicates: Float | None = Field(default=None, gt=0.0, lt=1.0)
+    near_duplicates: Float | None = Field(default=None, gt=0.0, lt=1.0, examples=[0.8])
     """Drop training examples whose words are this similar (Jaccard, by MinHash) to an earlier one; 0.8 is usual."""
     near_validation: Float | None = Field(default=0.8, gt=0.0, lt=1.0)
     """Drop training examples whose prompt is this similar to a validation one; null: allow them."""
-    decontaminate: list[SourceConfig] = []
+    decontaminate: list[SourceConfig] = Field(default=[], examples=[[{"path": "data/benchmark.jsonl"}]])
     """Evaluation files: training examples that contain what they hold are dropped."""
     decontaminate_validation: bool = False
     """The same against the validation split; off, because prompts often share a long instruction by design."""
     decontaminate_words: int = Field(default=13, ge=3)
     """An evaluation text and a training example overlap when they share so many words in a row."""
-    select: SelectConfig | None = None
+    select: SelectConfig | None = Field(default=None, examples=[{"count": 1000}])
     """Keep only the best-spread, highest-quality examples (Zhou et al. 2023, "LIMA"); needs `sft-dist[select]`."""
 
 
 class PrepareConfig(Section):
     """Raw records → shards."""
 
-    sources: list[SourceConfig] = Field(min_length=1)
-    validation_sources: list[SourceConfig] = []
+    sources: list[SourceConfig] = Field(min_length=1, examples=[[{"path": "data/train.jsonl"}]])
+    """Files of raw records; what is not held out of them is trained on."""
+    validation_sources: list[SourceConfig] = Field(default=[], examples=[[{"path": "data/validation.jsonl"}]])
     """Files that are validation as a whole; with them `validation_fraction` is usually 0."""
-    general: list[SourceConfig] = []
+    general: list[SourceConfig] = Field(default=[], examples=[[{"path": "data/general.txt"}]])
     """Plain text that the model should not forget: its perplexity is measured before and after. Nothing of it is trained on:
     training examples that overlap with it are dropped as `curate.decontaminate` does."""
     curate: CurateConfig = CurateConfig()
+    """What is mended, and what is dropped."""
     template: str = "plain"
     """`plain`, `alpaca`, `chat`, `chatml`, `llama2`, `llama3`; `tokenizer` (its own chat template); a `.jinja` file; or a text
     with `{text}` that the prompt is set into (label tasks)."""
-    tokenizer: str | TrainedTokenizer | None = None
+    tokenizer: str | TrainedTokenizer | None = Field(
+        default=None, examples=["gpt2", {"sentencepiece": {"vocab_size": 8000}}]
+    )
     """A Hugging Face id or folder, a sentencepiece `.model`, or `{sentencepiece: {…}}` to train one; default: the model's own."""
     seq_len: int = Field(default=1024, ge=16)
     """Tokens of a row."""
@@ -156,7 +170,8 @@ class PrepareConfig(Section):
     rows_per_shard: int = Field(default=65_536, ge=1)
     """Rows of one shard file."""
     seed: int = Field(default=0, ge=0)
-    out: str
+    """What decides which records are held out, and where packing and selection have a choice."""
+    out: str = Field(examples=["runs/mine/shards"])
     """Folder of the shards."""
 
     @model_validator(mode="after")
@@ -173,14 +188,18 @@ class PrepareConfig(Section):
 class ModelConfig(Section):
     """The model: pre-trained, or from scratch."""
 
-    name_or_path: str | None = None
+    name_or_path: str | None = Field(default=None, examples=["gpt2"])
     """A Hugging Face id or folder with safetensors weights."""
-    config: dict[str, Any] | None = None
+    config: dict[str, Any] | None = Field(
+        default=None, examples=[{"model_type": "gpt2", "n_layer": 3, "n_embd": 128, "n_head": 4}]
+    )
     """A transformers configuration (with `model_type`) to build from scratch."""
-    init: Literal["scratch", "pretrained"] | None = None
+    init: Literal["scratch", "pretrained"] | None = Field(default=None, examples=["scratch"])
     """Default: `pretrained` with `name_or_path`, `scratch` with `config`."""
-    dropout: Float | None = Field(default=None, ge=0.0, lt=1.0)
+    dropout: Float | None = Field(default=None, ge=0.0, lt=1.0, examples=[0.1])
     """Sets every dropout of the model; default: 0 from scratch, what its config says when pre-trained."""
+    license: str | None = None
+    """Licence that the trained model is given away under, as `apache-2.0`: told on the model card of an export."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
@@ -214,7 +233,7 @@ class BadStepsConfig(Section):
     """So many in a row, and the run goes back to the last checkpoint before them and on past their rows; null: never."""
     max_roll_backs: int = Field(default=2, ge=0)
     """Over the whole run; after these it ends as `diverged`."""
-    spike_z: Float | None = Field(default=None, gt=0)
+    spike_z: Float | None = Field(default=None, gt=0, examples=[10])
     """Steps whose gradient norm has a larger robust z-score than this are bad too; 10 is far out. null: none is."""
     spike_window: int = Field(default=64, ge=16)
     """Steps that a gradient norm is compared with."""
@@ -223,17 +242,18 @@ class BadStepsConfig(Section):
 class TrainConfig(Section):
     """Shards → optimizer steps."""
 
-    global_batch_rows: int | None = Field(default=None, ge=1)
+    global_batch_rows: int | None = Field(default=None, ge=1, examples=[64])
     """Rows of one optimizer step over all ranks (this, or `global_batch_samples`)."""
-    global_batch_samples: int | None = Field(default=None, ge=1)
+    global_batch_samples: int | None = Field(default=None, ge=1, examples=[3840])
     """Documents of one optimizer step, on average; turned into rows by the shards' documents per row."""
     micro_batch_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     """Rows of one forward pass on one rank; `auto`: as many as divide the batch and fit the GPU, the batch stays as it is."""
-    epochs: Float | None = Field(default=None, gt=0)
+    epochs: Float | None = Field(default=None, gt=0, examples=[3])
     """Passes over the rows (this, or `max_steps`); fractions are allowed."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1, examples=[1000])
     """Optimizer steps; with `epochs` too, whichever ends first."""
     learning_rate: Float = Field(default=2e-5, gt=0)
+    """The highest one, after the warm-up; 2e-5 suits a pre-trained model, 1e-3 a small one from scratch."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """What the learning rate does after the warm-up; linear and cosine end at 0."""
     warmup_ratio: Float = Field(default=0.03, ge=0.0, lt=1.0)
@@ -241,8 +261,11 @@ class TrainConfig(Section):
     weight_decay: Float = Field(default=0.0, ge=0.0)
     """AdamW's decay, for matrices only (not biases, norms)."""
     beta1: Float = Field(default=0.9, ge=0.0, lt=1.0)
+    """AdamW's memory of gradients."""
     beta2: Float = Field(default=0.999, ge=0.0, lt=1.0)
+    """AdamW's memory of their squares; a run of a hundred steps may want 0.95."""
     epsilon: Float = Field(default=1e-8, gt=0)
+    """AdamW's smallest denominator."""
     max_grad_norm: Float | None = Field(default=1.0, gt=0)
     """Clip the global gradient norm to this; null: no clipping."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
@@ -250,12 +273,15 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     seed: int = Field(default=0, ge=0)
+    """What the order of rows, dropout and the weights of a model from scratch are drawn from."""
     order: Literal["rows"] | BlockOrder = "rows"
     """How the rows of an epoch are shuffled: `rows`, all of them; or `{block_rows: 1024, window_blocks: 64}`."""
     hang_seconds: Float | None = Field(default=600.0, ge=1.0)
     """A rank without progress for so long is named, and the run ended with exit code 75; null: waited for."""
     bad_steps: BadStepsConfig = BadStepsConfig()
+    """What is done about steps whose loss or gradient is no number."""
     log_every_steps: int = Field(default=1, ge=1)
+    """How often the metrics are written and shown."""
 
     @model_validator(mode="after")
     def _one_of_each(self) -> TrainConfig:
@@ -282,19 +308,19 @@ class EarlyStoppingConfig(Section):
 class EvaluateConfig(Section):
     """What is measured during the run; always at step 0 and at the end as well."""
 
-    every_steps: int | None = Field(default=None, ge=1)
+    every_steps: int | None = Field(default=None, ge=1, examples=[100])
     """Validation loss every so many steps; null: only at step 0 and at the end."""
     samples: int = Field(default=4, ge=0)
     """Validation prompts answered before and after."""
-    prompts: list[Annotated[str, Field(min_length=1)]] = []
+    prompts: list[Annotated[str, Field(min_length=1)]] = Field(default=[], examples=[["Hello"]])
     """Prompts of one's own, answered beside them."""
-    samples_every_steps: int | None = Field(default=None, ge=1)
+    samples_every_steps: int | None = Field(default=None, ge=1, examples=[1000])
     """All prompts every so many steps too; null: only before and after."""
     max_new_tokens: int = Field(default=48, ge=1)
     """Length limit of a sample answer."""
     max_forgetting: Float = Field(default=0.1, gt=0)
     """The run warns at its end when the perplexity of `prepare.general` has risen by more than this share."""
-    early_stopping: EarlyStoppingConfig | None = None
+    early_stopping: EarlyStoppingConfig | None = Field(default=None, examples=[{"patience": 3}])
     """End when a metric no longer improves; its best checkpoint is kept, and is what `export` takes."""
 
     @model_validator(mode="after")
@@ -309,13 +335,13 @@ class EvaluateConfig(Section):
 class CheckpointConfig(Section):
     """When the state of the run is saved, and how much of it is kept."""
 
-    every_steps: int | None = Field(default=None, ge=1)
-    """null: only at the end, and when the run is asked to stop."""
+    every_steps: int | None = Field(default=None, ge=1, examples=[500])
+    """So often; null: only at the end, and when the run is asked to stop."""
     keep_last: int = Field(default=2, ge=1)
     """The newest complete ones stay; older ones are removed."""
     keep_best: int = Field(default=0, ge=0)
     """And so many of the lowest validation loss, of those saved at a step that was evaluated."""
-    keep_every_steps: int | None = Field(default=None, ge=1)
+    keep_every_steps: int | None = Field(default=None, ge=1, examples=[5000])
     """And those at a multiple of so many steps, for good."""
 
 
@@ -331,6 +357,10 @@ def _moment(value: Any) -> Any:
     return value.astimezone() if isinstance(value, datetime.datetime) else value
 
 
+MOMENT = {"type": "string", "pattern": r"^\d{4}-\d{2}-\d{2}"}
+MONEY = r"^(\d+(?:\.\d+)?) ?([A-Z]{3})$"
+
+
 class Money(NamedTuple):
     """An amount and its currency."""
 
@@ -344,7 +374,7 @@ def money(text: str) -> Money:
     >>> money("2.50 EUR")
     Money(amount=2.5, currency='EUR')
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Z]{3})", text.strip())
+    found = re.fullmatch(MONEY, text.strip())
     if found is None:
         raise ValueError(f"{text!r} is no money; write an amount and a currency, as in 2.50 EUR")
     return Money(float(found[1]), found[2])
@@ -360,15 +390,21 @@ def _money(value: Any) -> Any:
 class BudgetConfig(Section):
     """What the run may cost over all its lives: before the first limit is reached it ends, saved and measured."""
 
-    gpu_hours: Float | None = Field(default=None, gt=0)
+    gpu_hours: Float | None = Field(default=None, gt=0, examples=[100])
     """Wall time of all lives times their GPUs: start-up, evaluation, saving and lives that were killed count."""
-    cost: Annotated[str | None, BeforeValidator(_money)] = None
-    """As in `250 EUR`; needs price_per_gpu_hour."""
-    price_per_gpu_hour: Annotated[str | None, BeforeValidator(_money)] = None
-    """As in `2.10 EUR`; alone it only shows what was spent."""
-    deadline: Annotated[datetime.datetime, BeforeValidator(_moment)] | None = None
-    """As in 2027-01-31T18:00:00+01:00."""
-    max_tokens: int | None = Field(default=None, ge=1)
+    cost: Annotated[str | None, BeforeValidator(_money)] = Field(
+        default=None, examples=["250 EUR"], json_schema_extra={"pattern": MONEY}
+    )
+    """The most it may cost; needs price_per_gpu_hour."""
+    price_per_gpu_hour: Annotated[str | None, BeforeValidator(_money)] = Field(
+        default=None, examples=["2.10 EUR"], json_schema_extra={"pattern": MONEY}
+    )
+    """What an hour of one GPU costs; alone it only shows what was spent."""
+    deadline: Annotated[datetime.datetime, BeforeValidator(_moment), WithJsonSchema(MOMENT)] | None = Field(
+        default=None, examples=["2027-01-31T18:00:00+01:00"]
+    )
+    """A day means its beginning; without an offset it is this machine's time."""
+    max_tokens: int | None = Field(default=None, ge=1, examples=[1_000_000_000])
     """Tokens of the rows that were trained on, without padding."""
 
     @model_validator(mode="after")
@@ -378,7 +414,7 @@ class BudgetConfig(Section):
             raise ValueError("cost needs a price_per_gpu_hour; add for example price_per_gpu_hour: 2.10 EUR")
         if price is not None and not price.amount:
             raise ValueError("price_per_gpu_hour is 0, so that any cost would do; leave both out")
-        if cost is not None and cost.currency != price.currency:
+        if cost is not None and price is not None and cost.currency != price.currency:
             raise ValueError(f"cost is in {cost.currency} and price_per_gpu_hour in {price.currency}; use one currency")
         return self
 
@@ -395,15 +431,50 @@ class BudgetConfig(Section):
         return min(limits, default=None)
 
 
+class WandbConfig(Section):
+    """Weights & Biases; needs the extra `sft-dist[wandb]`, and `wandb login` or WANDB_API_KEY."""
+
+    project: str
+    entity: str | None = None
+    """Team or user; null: the one that is logged in."""
+    run_name: str | None = None
+    group: str | None = None
+    """Runs of a group are shown together."""
+    tags: list[str] = []
+    mode: Literal["online", "offline"] = "online"
+    """`offline` writes to `RUN_DIR/services/wandb`, for `wandb sync` from where there is a network."""
+
+
+class MlflowConfig(Section):
+    """MLflow; needs the extra `sft-dist[mlflow]`."""
+
+    experiment: str
+    """Made where there is none of that name."""
+    tracking_uri: str | None = None
+    """As in `http://mlflow.example:5000` or `sqlite:///mlflow.db`; null: what MLFLOW_TRACKING_URI says."""
+    run_name: str | None = None
+
+
+class LoggingConfig(Section):
+    """Where the metrics go besides metrics.jsonl, TensorBoard and the console. Keys and passwords never stand here."""
+
+    wandb: WandbConfig | None = None
+    """As in `{project: sms}`."""
+    mlflow: MlflowConfig | None = None
+    """As in `{experiment: sms}`."""
+
+
 class MixtureConfig(Section):
     """One prepared set of a mixture, and how much of it."""
 
-    shards: str
+    shards: str = Field(examples=["runs/chat/shards"])
     """Folder of the set: the `prepare.out` of its own run file."""
-    weight: Float = Field(gt=0)
+    weight: Float = Field(gt=0, examples=[3.0])
     """Share of the tokens, in any unit: 3.0 beside 1.0 is three quarters."""
-    name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
+    name: str | None = Field(default=None, pattern=r"^[\w.-]+$", examples=["chat"])
     """What its metrics are called (`loss/NAME`); default: the folder's name, or of `x/shards` the name `x`."""
+    license: str | None = None
+    """Licence of its records: told on the model card of an export."""
 
     @property
     def label(self) -> str:
@@ -416,22 +487,58 @@ class MixtureConfig(Section):
         return self.name or (folder.parent.name if folder.name == "shards" else "") or folder.name
 
 
+class ReproducesConfig(Section):
+    """What a run of this file must reach: `export` writes it into `reproduce.yaml`, `train` and `verify` compare with it."""
+
+    step: int = Field(ge=0)
+    """The step that was exported."""
+    world_size: int = Field(ge=1)
+    """Processes that trained it: with as many, and the same versions and hardware, the weights are the same to the bit."""
+    zero: dict[str, Any]
+    """What the DeepSpeed file said."""
+    environment: dict[str, str] = {}
+    """Versions and hardware that trained it."""
+    identity: dict[str, Any]
+    """Fingerprints of the model, the rows, the tokenizer and the template."""
+    sources: dict[str, str] = {}
+    """Digests of the files that the rows were made of."""
+    ledger: str
+    """The keyed hash of all rows that were fed until then."""
+    weights: str
+    """A digest of the fp32 weights at that step."""
+    caveats: list[str] = []
+    """Why the file alone may not give the same weights again: what was done by hand, or on other numbers of processes."""
+
+
 class RunConfig(Section):
     """A run file."""
 
-    run_dir: str
-    """Everything of the run: run.yaml, metrics.jsonl, tensorboard/, checkpoints/, verdicts/."""
-    prepare: PrepareConfig | None = None
+    run_dir: str = Field(examples=["runs/mine"])
+    """Everything of the run: run.yaml, metrics.jsonl, tensorboard/, checkpoints/, verdicts/, services/."""
+    prepare: PrepareConfig | None = Field(
+        default=None, examples=[{"sources": [{"path": "data/train.jsonl"}], "out": "runs/mine/shards"}]
+    )
     """Raw records of the run (this, or `mixture`)."""
-    mixture: list[MixtureConfig] = Field(default=[], max_length=64)
+    mixture: list[MixtureConfig] = Field(
+        default=[], max_length=64, examples=[[{"shards": "runs/chat/shards", "weight": 3.0}]]
+    )
     """Prepared sets to train on; `train.epochs` then counts the rows of all sets together."""
     model: ModelConfig
+    """What is fine-tuned, or trained from scratch."""
     train: TrainConfig
+    """Batch, steps, learning rate, precision."""
     zero: str = "ds_configs/zero2.json"
     """A DeepSpeed file with only what DeepSpeed owns: stage, offload, buckets, overlap."""
     evaluate: EvaluateConfig = EvaluateConfig()
+    """What is measured on the way, and when that ends the run."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the run is saved, and what of it stays."""
     budget: BudgetConfig = BudgetConfig()
+    """What the run may cost."""
+    reproduces: ReproducesConfig | None = None
+    """Only in a `reproduce.yaml`: the run that this one is to be again."""
+    logging: LoggingConfig = LoggingConfig()
+    """Services that are told the metrics too."""
 
     @model_validator(mode="after")
     def _one_origin_of_rows(self) -> RunConfig:

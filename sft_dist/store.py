@@ -267,7 +267,7 @@ def _is_plain(values: torch.Tensor) -> bool:
 
 
 def _bytes_of(values: torch.Tensor) -> memoryview:
-    return memoryview(values.numpy()).cast("B")
+    return values.numpy().data.cast("B")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
         self._seconds = 0.0
-        self._started: float | torch.cuda.Event = 0.0
+        self._started: Any = 0.0  # seconds, or on a GPU an event
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def __enter__(self) -> None:
@@ -48,7 +49,7 @@ class Stopwatch:
         self._spans.clear()
         return seconds
 
-    def _now(self) -> float | torch.cuda.Event:
+    def _now(self) -> Any:
         if not self._is_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

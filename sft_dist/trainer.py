@@ -60,7 +60,7 @@ def train(
     start_step, budget, bad_steps = state.step, budget or Budget(), bad_steps or BadSteps(roll_back_after=None)
     reason: Reason = "completed"
 
-    votes = Votes(comms, stop, watchdog, state.step)
+    votes = Votes(comms, stop, watchdog, state.step, budget.enter)
     beat, waiting, logits = votes.beat, votes.waiting, votes.unless_stopped(engine.logits)
 
     def report(saved: Saved | None) -> None:
@@ -82,7 +82,7 @@ def train(
         with contextlib.suppress(AbandonedError), budget.measuring():  # the first step's vote will stop the run
             evaluator.measure(0, logits, metrics)
 
-    for step in steps:
+    for step in votes.each(steps):
         if early_stopping is not None and early_stopping.is_over(state.best):
             reason = "plateaued"
             break
@@ -99,7 +99,7 @@ def train(
         # learn: a step of thousands of rows can outlast a grace period, so the ranks also vote between micro-batches
         rate = learning_rate(state.step)
         applied = engine.learn(
-            step.micro_batches,
+            votes.each(step.micro_batches),
             denominator=max(1, targets),
             learning_rate=rate,
             should_abandon=lambda: votes.is_to_stop("forward and backward"),
@@ -128,22 +128,24 @@ def train(
             is_bad=is_bad,
         )
         votes.step = state.step
+        metrics.stepped(state.step, state.target_tokens)
         if applied.is_applied:
             state = replace(state, norms=bad_steps.remember(state.norms, applied.grad_norm))
-        if is_bad and (told := account.bad_step(state.step, fed_from, step.num_rows, loss, applied, comms)):
-            on_bad_step(told)
+        if is_bad and (bad := account.bad_step(state.step, fed_from, step.num_rows, loss, applied, comms)):
+            on_bad_step(bad)
         slowest, told = stragglers.judge(own_seconds) if stragglers is not None else (None, None)
         budget.stepped(state.step, seconds, state.tokens)
         for line in filter(None, (told, budget.told(cadence.last_step))):
             _log.warning(line)
         if cadence.is_due(state.step, cadence.log_steps) or is_bad:
+            beat("log")
             epochs = epochs_of_sets(state.rows_consumed) if epochs_of_sets is not None else None
             values = account.numbers(
                 engine, applied, comms, loss=loss, seconds=seconds, targets=targets, tokens=tokens, epochs=epochs
             )
             values |= {"slowest_rank_ratio": slowest} if slowest is not None else {}
             values |= {"steps_not_applied": state.not_applied} if state.not_applied else {}
-            metrics.scalars(state.step, {"learning_rate": rate, **values, **budget.numbers})
+            metrics.scalars(state.step, {"learning_rate": rate, **values, **budget.lap()})
         if bad_steps.is_over(state.streak):
             report(checkpoints.finish(waiting))
             return "diverged", state
@@ -168,7 +170,8 @@ def train(
     if reason in ("completed", "plateaued", "spent") and (state.step > start_step or not is_measured):
         try:
             was_evaluated = early_stopping is not None and state.score_here is not None  # with all scores
-            evaluator.measure(state.step, logits, metrics, is_scored=was_evaluated)
+            with budget.measuring():
+                evaluator.measure(state.step, logits, metrics, is_scored=was_evaluated)
         except AbandonedError:
             reason = "stopped"
     beat("save")

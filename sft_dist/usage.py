@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from sft_dist.phases import PHASES, PhaseClock, lost_work
 
 _log = logging.getLogger("sft_dist")
 
@@ -22,7 +26,7 @@ class Journal:
     """`usage.jsonl`: appended to and never changed, so that a life that was killed is on it up to its last beat.
 
     A life counts from `began`, the start of its allocation in seconds of the clock, with all its GPUs: start-up, evaluation
-    and saving too.
+    and saving too. `phases` sums up where that time goes.
 
     >>> with Journal(Path("usage.jsonl"), "4711-0", gpus=8, began=1.7e9) as journal:  # doctest: +SKIP
     ...     journal.gpu_seconds()
@@ -36,6 +40,8 @@ class Journal:
         self.measure_seconds, self.step_seconds = (  # the longest of all lives
             max((line.get(name, 0.0) for line in lines), default=0.0) for name in ("measure_seconds", "step_seconds")
         )
+        self.phases = PhaseClock(already=max(0.0, time.time() - began))
+        self._work: dict[str, Any] = {"from_steps": []}
         self._may_be_cut = True
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._beats, name="usage", daemon=True)
@@ -43,6 +49,31 @@ class Journal:
     def gpu_seconds(self) -> float:
         """Of all lives, until now."""
         return self.before + max(0.0, time.time() - self.began) * self.gpus
+
+    def goes_on(self, step: int, lines: list[dict]) -> None:
+        """This life goes on from `step`; of what the run's metrics tell until now, the rest was computed in vain."""
+        self._complete(lines)
+        steps, seconds = lost_work(lines, step)
+        before = self._work.get("lost_seconds", {})
+        self._work = {
+            "from_steps": [*self._work["from_steps"], step],
+            "lost_steps": self._work.get("lost_steps", 0) + steps,
+            "lost_seconds": {phase: before.get(phase, 0.0) + seconds.get(phase, 0.0) for phase in before | seconds},
+        }
+
+    def _complete(self, lines: list[dict]) -> None:
+        """A life before that was killed lived at least until its last line of metrics: later than its last beat, perhaps."""
+        others = [line for line in read_usage(self.path) if (line["life"], line["began"]) != (self.life, self.began)]
+        if not others or not (last := max(others, key=lambda line: (line["began"], line["at"]))).get("from_steps"):
+            return
+        phases = dict.fromkeys(PHASES, 0.0)
+        for line in lines:
+            if line["step"] > last["from_steps"][-1]:
+                phases = {phase: seconds + line.get(f"{phase}_seconds", 0.0) for phase, seconds in phases.items()}
+        lived = math.fsum(phases.values())
+        if lived > last["at"] - last["began"]:
+            self._write({**last, "at": last["began"] + lived, "phase_seconds": phases})
+            self.before = gpu_seconds([*others, {**last, "at": last["began"] + lived}])
 
     def start(self) -> Journal:
         """Begin to write."""
@@ -63,10 +94,15 @@ class Journal:
             self._append()
 
     def _append(self) -> None:
-        """Add a line; a full disk costs no run, and the next line that can be written tells all of this life."""
+        """Add a line of this life until now."""
         line = {"life": self.life, "began": self.began, "at": time.time(), "gpus": self.gpus}
         line |= {"measure_seconds": self.measure_seconds} if self.measure_seconds else {}
         line |= {"step_seconds": self.step_seconds} if self.step_seconds else {}
+        line |= {"phase_seconds": self.phases.totals(), **self._work}
+        self._write(line)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        """A full disk costs no run, and the next line that can be written tells all of a life."""
         try:
             with self.path.open("a") as file:  # a line that a crash or a full disk has cut is ended first
                 file.write("\n" * self._may_be_cut + json.dumps(line) + "\n")
@@ -136,9 +172,19 @@ class Budget:
         hours = self.journal.gpu_seconds() / 3600
         return {"gpu_hours": hours} | ({"cost": hours * self.price} if self.price else {})
 
+    def enter(self, phase: str) -> None:
+        """What is done from now on, for the account of the time."""
+        if self.journal is not None:
+            self.journal.phases.enter(phase)
+
+    def lap(self) -> dict[str, float]:
+        """The metrics of where the time has gone since the last log line; on the main rank."""
+        return self.journal.phases.lap() if self.journal is not None else {}
+
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
         """How long an evaluation takes, for the one at the end; one that is left half done tells nothing."""
+        self.enter("evaluate")
         began = time.perf_counter()
         yield
         if self.journal is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE
+from safetensors import SafetensorError, safe_open
 
 from sft_dist.data.mixture import Joined
 from sft_dist.data.shards import RowBatch, Shards
 from sft_dist.errors import CheckpointError, DataError
 from sft_dist.layout import Fragment
 from sft_dist.ledger import Ledger, keys, recomputed
-from sft_dist.manifest import read_manifest, verify
+from sft_dist.manifest import read_manifest, read_state, verify
+from sft_dist.reproduce import differences, weights_digest
 from sft_dist.retention import list_folders
+from sft_dist.schema import ReproducesConfig
 from sft_dist.state import TrainState
 from sft_dist.store import Reader, opened
 
@@ -155,20 +159,15 @@ def export(out: Path, step: int, dtype: torch.dtype, folder: Path) -> Check:
     path = folder / f"step-{step:08d}"
     if not path.is_dir():
         return Check("export", None, f"{out}: is of step {step}, whose checkpoint is no longer kept")
+    seen, different = set(), []
     try:
-        manifest = read_manifest(path)
-        for name, entry in manifest["files"].items():
-            with opened(path / name, entry):  # as large as it says, before memory is asked for
-                pass
-        masters = {name: torch.empty(length) for name, length, _ in manifest["tensors"]["parameters"]}
-        Reader(path, manifest).fill(Fragment(n, len(m), 0, {"master": m}) for n, m in masters.items())
+        masters = _masters(path)
+        for name, values in _weights(out):
+            seen.add(name)
+            if name not in masters or not torch.equal(values.view(-1), masters[name].to(dtype)):
+                different.append(name)
     except CheckpointError as error:
         return Check("export", False, str(error))
-    seen, different = set(), []
-    for name, values in _weights(out):
-        seen.add(name)
-        if name not in masters or not torch.equal(values.view(-1), masters[name].to(dtype)):
-            different.append(name)
     different += sorted(masters.keys() - seen)
     if different:
         return Check(
@@ -177,8 +176,61 @@ def export(out: Path, step: int, dtype: torch.dtype, folder: Path) -> Check:
     return Check("export", True, f"{out}: {len(seen)} weights are the fp32 masters of step {step}, in {str(dtype)[6:]}")
 
 
+def _masters(path: Path) -> dict[str, torch.Tensor]:
+    """The fp32 weights of a checkpoint, each flat, by name. Raises CheckpointError."""
+    manifest = read_manifest(path)
+    for name, entry in manifest["files"].items():
+        with opened(path / name, entry):  # as large as it says, before memory is asked for
+            pass
+    masters = {name: torch.empty(length) for name, length, _ in manifest["tensors"]["parameters"]}
+    Reader(path, manifest).fill(Fragment(n, len(m), 0, {"master": m}) for n, m in masters.items())
+    return masters
+
+
 def _weights(out: Path) -> Iterator[tuple[str, Any]]:
-    for file in sorted(out.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                yield name, tensors.get_tensor(name)
+    """Every tensor of an export, of one file or of shards with their index. Raises CheckpointError."""
+    try:
+        for file, names in _files(out).items():
+            with safe_open(out / file, "pt") as tensors:
+                held = set(tensors.keys())
+                for name in sorted(held if names is None else names | held):
+                    if name not in held or (names is not None and name not in names):
+                        raise CheckpointError(f"{out / file}: {name} is not where the index says")
+                    yield name, tensors.get_tensor(name)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{out}: its weights cannot be read ({str(error).splitlines()[0]})") from None
+
+
+def _files(out: Path) -> dict[str, set[str] | None]:
+    """The files of the weights, and the names that the index of shards has for each; None: there is no index."""
+    index = out / SAFETENSORS_INDEX_FILE
+    if not index.is_file():
+        return dict.fromkeys((file.name for file in sorted(out.glob("*.safetensors"))), None)
+    files: dict[str, set[str] | None] = {}
+    for name, file in json.loads(index.read_text())["weight_map"].items():
+        files.setdefault(Path(file).name, set()).add(name)
+    return files
+
+
+def reproduced(wanted: ReproducesConfig, folder: Path) -> Iterator[Check]:
+    """Whether the run is the one that it is to be again: the rows that it was fed, and its weights to the bit."""
+    path = folder / f"step-{wanted.step:08d}"
+    if not path.is_dir():
+        yield Check("reproduced", None, f"step {wanted.step} was exported then, and is not reached or not kept here")
+        return
+    try:
+        state, masters = read_state(path), _masters(path)
+    except CheckpointError as error:
+        yield Check("reproduced", False, str(error))
+        return
+    is_fed = state.ledger.text == wanted.ledger
+    text = f"{wanted.ledger}, as then" if is_fed else f"fed {state.ledger.text}, and then {wanted.ledger}"
+    yield Check("reproduced", is_fed or (None if wanted.caveats else False), text)
+    if weights_digest(masters.items()) == wanted.weights:
+        yield Check(
+            "reproduced", True, f"{len(masters)} weights of step {wanted.step} are the same as then, to the bit"
+        )
+        return
+    why = differences(wanted, path)
+    told = f"trained with {'; '.join(why)}" if why else "though all that should matter is the same"
+    yield Check("reproduced", None if why else False, f"the weights of step {wanted.step} are others, {told}")

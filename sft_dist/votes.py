@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -18,15 +19,23 @@ class AbandonedError(Exception):
 class Votes:
     """Asks all ranks between two pieces of work whether one wants to stop, and beats for the watchdog, if there is one.
 
-    `step` is where the run is; every rank votes equally often.
+    `step` is where the run is; every rank votes equally often. `enter` is told of each phase too, to sum up its time.
     """
 
-    def __init__(self, comms: Comms, stop: StopRequest, watchdog: Watchdog | None, step: int) -> None:
+    def __init__(
+        self,
+        comms: Comms,
+        stop: StopRequest,
+        watchdog: Watchdog | None,
+        step: int,
+        enter: Callable[[str], None] = lambda phase: None,
+    ) -> None:
         self.step = step
-        self._comms, self._stop, self._watchdog = comms, stop, watchdog
+        self._comms, self._stop, self._watchdog, self._enter = comms, stop, watchdog, enter
 
     def beat(self, phase: str) -> None:
         """This rank has come so far."""
+        self._enter(phase)
         if self._watchdog is not None:
             self._watchdog.beat(self.step, phase)
 
@@ -35,9 +44,18 @@ class Votes:
         if self._watchdog is not None:
             self._watchdog.wait(self.step, "waits for a save")
 
+    def each(self, items: Iterable[Any]) -> Iterator[Any]:
+        """The items, where this rank waits for data until each has come; every rank has equally many."""
+        iterator, end = iter(items), object()
+        while True:
+            self.beat("data")
+            if (item := next(iterator, end)) is end:
+                return
+            yield item
+
     def is_to_stop(self, phase: str) -> bool:
         """Whether any rank was asked to stop; `phase` goes on if not."""
-        self.beat("vote")
+        self.beat("vote" if phase != "evaluate" else "vote in an evaluation")
         is_wanted = self._comms.agree(self._stop.is_wanted())
         self.beat(phase)
         return is_wanted

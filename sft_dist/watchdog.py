@@ -12,7 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from sft_dist.topology import Topology, node_name
@@ -172,8 +174,8 @@ class Watchdog:
             self._closing.wait(self._grace_seconds)  # the other ranks do the same
             if self._last_beat is beat and not self._closing.is_set():
                 account = self._in_time(self._account) or f"{self._now()} hangs or waits: {self.folder} does not answer"
-                self._in_time(lambda it=account: print(f"sft-dist: {it}", file=sys.stderr, flush=True))
-                self._in_time(lambda it=account: self.on_hang(it))
+                self._in_time(partial(print, f"sft-dist: {account}", file=sys.stderr, flush=True))
+                self._in_time(partial(self.on_hang, account))
                 self.exit(HUNG_EXIT_CODE)
                 return
             self._has_given_up = False  # it moves again
@@ -196,7 +198,8 @@ class Watchdog:
     def _is_in_collective(self) -> bool:
         """Whether a thread stands in one; a save that is written behind the loop has its own."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        for ident, frame in sys._current_frames().items():
+        for ident, top in sys._current_frames().items():
+            frame: FrameType | None = top
             while frame is not None and names.get(ident) != "checkpoint":
                 if "torch/distributed" in frame.f_code.co_filename:
                     return True

@@ -199,10 +199,10 @@ def _planned(
         )
     given = None
     if not isinstance(config.tokenizer, TrainedTokenizer):
-        given = Tokenizer.load(config.tokenizer or default_tokenizer)
+        given = Tokenizer.load(config.tokenizer or default_tokenizer or "")
     before = _plan(staged)
     read_files = [source for source, _ in sources] + config.curate.decontaminate + config.general
-    about = {
+    about: dict[str, Any] = {
         "version": __version__,
         "settings": _settings(config, given),
         "sources": _all_states(read_files, before.get("sources", {})),
@@ -245,12 +245,29 @@ def _with_schema(source: SourceConfig, say: Say) -> SourceConfig:
 
 def _settings(config: PrepareConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """What must be the same for the rows to be; of template and tokenizer what they make of text, whatever their names."""
-    values = {"prepare": config.model_dump(by_alias=True, exclude={"out"}), "tokenizer": None, "template": None}
+    values: dict[str, Any] = {
+        "prepare": config.model_dump(by_alias=True, exclude={"out"}),
+        "tokenizer": None,
+        "template": None,
+    }
     if tokenizer is not None:
         texts = [tokenizer.bos_token, tokenizer.eot_token]
         values |= {"tokenizer": digest_of({"ids": tokenizer.fingerprint, "texts": texts})}
         values |= {"template": template_for(config.template, tokenizer).fingerprint}
-    return json.loads(json.dumps(values))
+    return without_licences(values)
+
+
+def without_licences(values: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object without what it says of licences: rows are what they are, whatever that is.
+
+    >>> without_licences({"sources": [{"path": "a", "license": "mit"}]})
+    {'sources': [{'path': 'a'}]}
+    """
+
+    def without(section: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in section.items() if key != "license"}
+
+    return json.loads(json.dumps(values), object_hook=without)
 
 
 def _all_states(sources: Sequence[SourceConfig], known: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -335,6 +352,7 @@ def _samples(pieces: tuple[Piece, ...], count: int = 24, most: int = 1000) -> li
 def _trained(folder: Path, config: PrepareConfig, pieces: tuple[Piece, ...], say: Say) -> Tokenizer:
     """A tokenizer trained on the training split, and on the template's words now and then: they are read as often."""
     if not folder.is_dir():
+        assert isinstance(config.tokenizer, TrainedTokenizer)
         texts = [turn.content for record in training_texts(config, pieces) for turn in record.turns]
         if not texts:
             raise DataError("prepare.sources: no record is left to train a tokenizer on; look at the sources")
@@ -360,6 +378,7 @@ def _adopt(job: Job) -> None:
 
 
 def _work(number: int) -> int:
+    assert _JOB is not None
     return work(_JOB, number)
 
 
@@ -444,6 +463,17 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
         yield from map(from_json, file)
 
 
+def template_in(out: Path) -> str:
+    """The name of the template that the shards in `out` were prepared with."""
+    return json.loads((out / "prepare.json").read_text())["settings"]["prepare"]["template"]
+
+
+def is_text_in(out: Path) -> bool:
+    """Whether the shards in `out` are plain text, which has no questions."""
+    schemas = json.loads((out / "prepare.json").read_text()).get("schemas", [])
+    return bool(schemas) and set(schemas) <= {"text", "tokens"}
+
+
 def _already(out: Path, config: PrepareConfig, default_tokenizer: str | None) -> Report:
     try:
         about = json.loads((out / "prepare.json").read_text())
@@ -454,7 +484,7 @@ def _already(out: Path, config: PrepareConfig, default_tokenizer: str | None) ->
         ) from None
     given = None
     if not isinstance(config.tokenizer, TrainedTokenizer):
-        given = Tokenizer.load(config.tokenizer or default_tokenizer)
+        given = Tokenizer.load(config.tokenizer or default_tokenizer or "")
     settings = _settings(config, given)
     now = settings["prepare"]
     changed = _changed("prepare", before, now)

@@ -153,8 +153,9 @@ class Curator:
                 return f"long_{kind}", f"{count} characters, at most {high} are asked for"
             if self._has_quality and kind == "response" and (fault := self._quality(turn.content)):
                 return fault
-        if self.language and (spoken := self.language(made)) not in self.config.languages:
-            return "language", f"is {spoken}, asked for {', '.join(self.config.languages)}"
+        languages = self.config.languages or []
+        if self.language and (spoken := self.language(made)) not in languages:
+            return "language", f"is {spoken}, asked for {', '.join(languages)}"
         return None
 
     def _quality(self, text: str) -> tuple[str, str] | None:
@@ -258,7 +259,7 @@ def _one_spaced(text: str) -> str:
 
 
 def _besides(turn: Turn) -> str:
-    return f"\x1f{sorted(turn.extra.items())!r}"
+    return f"\x1f{sorted((turn.extra or {}).items())!r}"
 
 
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"

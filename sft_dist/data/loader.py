@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,8 +138,8 @@ class Loader:
 
     def read(self, blocks: list[Block]) -> Iterator[tuple[Block, StoredRows]]:
         """The rows of each block, read many blocks at a time in ascending order of the rows and handed out in theirs."""
-        rows = min(_READ_ROWS, _READ_TOKENS // self.shards.seq_len)
-        count = max(1, rows // self.micro_batch_rows)
+        at_once = min(_READ_ROWS, _READ_TOKENS // self.shards.seq_len)
+        count = max(1, at_once // self.micro_batch_rows)
         for at in range(0, len(blocks), count):
             together = blocks[at : at + count]
             rows = np.concatenate([block.rows for block in together])
@@ -157,7 +158,7 @@ class Loader:
         """What the model is fed for these rows, on the loader's device."""
         first_ordinal = int(block.ordinals[0]) if len(block.ordinals) else 0
         sets = None
-        if self.has_sets:
+        if self.has_sets and isinstance(self.shards, Joined):
             of_rows = self.shards.set_of(block.rows) if len(block.rows) else np.zeros(1, np.int64)
             sets = torch.from_numpy(of_rows).to(self.device)
         return MicroBatch(*widen(stored, self.shards.seq_len, self.device), block.rows, first_ordinal, sets)
@@ -181,9 +182,9 @@ def widen(
     >>> [part.tolist() for part in widen(StoredRows(record), 4)[2:]]
     [[[0, 1, 0, 0]], [[0, 0, 1, -1]]]
     """
-    dtype = stored.records.dtype
-    blob = np.ascontiguousarray(stored.records).view(np.uint8).reshape(-1, dtype.itemsize)
-    blob = torch.from_numpy(blob).to(device)  # all fields of all rows in one copy
+    dtype: Any = stored.records.dtype
+    content = np.ascontiguousarray(stored.records).view(np.uint8).reshape(-1, dtype.itemsize)
+    blob = torch.from_numpy(content).to(device)  # all fields of all rows in one copy
 
     def field(name: str) -> torch.Tensor:
         inner, begin = dtype.fields[name][:2]

@@ -207,7 +207,7 @@ def _whole(source: SourceConfig, key: str) -> list[Conversation]:
     if bad is not None or not items:
         what = f"{bad.where} is no text ({getattr(bad, 'detail', 'token ids')})" if bad else "it holds no records"
         raise DataError(f"{key}: {source.path}: {what}; nothing could be compared with it: mend it, or name its schema")
-    return items
+    return [item for item in items if isinstance(item, Conversation)]
 
 
 def _general_texts(config: PrepareConfig) -> Iterator[Conversation]:
@@ -288,7 +288,8 @@ def token_dtype_of(job: Job) -> np.dtype:
 
 def _funnel(slices: Slices, fates: Fates) -> Funnel:
     train, validation, drops = fates.count()
-    counts, mended = Counter(), Counter()
+    counts: Counter[str] = Counter()
+    mended: Counter[str] = Counter()
     for part in slices.parts:
         drops.update(part.about["drops"])
         counts.update(part.about["counts"])
@@ -398,7 +399,7 @@ class Layout:
     @classmethod
     def packed(cls, documents: np.ndarray, config: PrepareConfig, path: Path) -> Layout:
         """Pack window by window; memory is that of a window."""
-        made = cls(Path(documents.filename), path.with_suffix(".pieces"), path.with_suffix(".ends"), 0)
+        made = cls(path.with_suffix(".documents"), path.with_suffix(".pieces"), path.with_suffix(".ends"), 0)
         before = rows = 0
         with made.pieces.open("wb") as pieces, made.ends.open("wb") as ends:
             for packing in pack(documents["tokens"], config.seq_len, how=config.packing, seed=config.seed):
@@ -438,7 +439,7 @@ def _write_shard(
 
 def _label_counts(slices: Slices, fates: Fates) -> dict[str, Counter[str]]:
     """Records of each label, by split."""
-    counts = {name: Counter() for name in SPLITS}
+    counts: dict[str, Counter[str]] = {name: Counter() for name in SPLITS}
     for part, base, records in slices.each():
         for name, code in SPLITS.items():
             alive = records["label"][fates.codes[base : base + len(records)] == code]
@@ -481,18 +482,21 @@ def _write_labels(out: Path, counts: dict[str, Counter[str]], job: Job, shared: 
         )
     if not counts["validation"] or len(labels) < 2:
         return 0
-    documents, candidates, truth = [], [], []
+    documents: list[Document] = []
+    candidates: list[tuple[int, int]] = []
+    truth: list[int] = []
     whole = job.config.model_copy(update={"long_documents": "drop"})  # each label after the same prompt, or none
     with (out / "validation.jsonl").open("rb") as file:
         records = [record for record in map(from_json, file) if record.label is not None]
     for record in records:
         turns = [(*record.prompt, Turn("assistant", label, is_target=True)) for label in labels]
         made = [documents_of(replace(record, turns=t), job.template, job.tokenizer, whole, Counter()) for t in turns]
-        if any(isinstance(one, Drop) or len(one) != 1 for one in made):
+        whole_ones = [one for one in made if not isinstance(one, Drop) and len(one) == 1]
+        if len(whole_ones) < len(labels) or record.label is None:
             continue
         candidates += [(len(truth), place) for place in range(len(labels))]
         truth.append(labels.index(record.label))
-        documents += [document for [document] in made]
+        documents += [document for [document] in whole_ones]
     if not documents:
         return len(records)
     rows, order = _packed(documents, job.config)

@@ -56,7 +56,7 @@ class Joined:
 
     def origins(self, rows: Iterable[int]) -> dict[int, list[str]]:
         """`file:record` of each document of these rows; nothing where it is not known. Raises as `Shards.origins` does."""
-        made = {}
+        made: dict[int, list[str]] = {}
         for chosen, one, start in self._parts(numbers := np.array(list(rows), np.int64)):
             found = one.origins((numbers[chosen] - start).tolist())
             made |= {row + int(start): records for row, records in found.items()}

@@ -186,11 +186,11 @@ _OPTIONAL = {"alpaca": ("input", "system", "history"), "messages": ("tools",), "
 
 def _columns(source: SourceConfig, path: str, names: Sequence[str]) -> list[Column]:
     """The columns of a table to be read. Raises DataError when one is missing."""
-    wanted = _wanted(source)
+    wanted: list[Column] = list(_wanted(source))
     if source.schema_ == "prompt_response":
         wanted = list(_pair_columns(source, dict.fromkeys(names)))
     columns_missing(path, names, wanted)
-    twice = next((column for column in wanted if list(names).count(column) > 1), None)
+    twice = next((column for column in wanted if sum(name == column for name in names) > 1), None)
     if twice is not None:
         raise DataError(
             f"{path}: the column {twice!r} is there twice, and which one is meant cannot be told; rename one"
@@ -221,7 +221,7 @@ def _value(row: Any, column: Column, kind: type = str) -> Any:
     value = row[column]
     if not isinstance(value, kind):
         raise _BadRecordError("wrong_type", f"{column!r} is {type(value).__name__}, not {kind.__name__}")
-    return _sound(value) if kind is str else value
+    return _sound(value) if isinstance(value, str) else value
 
 
 def _sound(text: str) -> str:

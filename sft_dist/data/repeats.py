@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +83,7 @@ class NearIndex:
         self.threshold, self.usual = threshold, usual  # `usual`: shingles that say nothing, since many texts have them
         self._new = lambda: rensa.RMinHash(num_perm=_PERMUTATIONS, seed=0)
         self._lsh = rensa.RMinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS, num_bands=_bands(threshold))
-        self._signatures: dict[int, object] = {}
+        self._signatures: dict[int, Any] = {}
 
     def add(self, number: int, words: list[str]) -> None:
         """Remember a text under its number; one without words of its own says nothing."""
@@ -99,7 +100,7 @@ class NearIndex:
         near = (n for n in self._lsh.query(signature) if self._signatures[n].jaccard(signature) >= self.threshold)
         return min(near, default=None)
 
-    def _signature(self, words: list[str]) -> object | None:
+    def _signature(self, words: list[str]) -> Any:
         own = [text for text in shingles(words) if text not in self.usual] if words else []
         if not own:
             return None

@@ -116,7 +116,7 @@ class SliceWriter:
             self._at += len(blob)
             targets += document.num_targets
             self.num_tokens += len(document.ids)
-        text_at = NO_TEXT
+        text_at = int(NO_TEXT)
         if text is not None:
             text_at, line_bytes = self._text_at, text.encode() + b"\n"
             self._texts.write(line_bytes)
@@ -237,7 +237,8 @@ class DocumentReader:
     """
 
     def __init__(self, slices: Slices) -> None:
-        self._slices, self._files = slices, {}
+        self._slices = slices
+        self._files: dict[int, int] = {}
 
     def read(self, part: int, at: int, tokens: int, line: int, start: int, count: int) -> Document:
         """`count` tokens from `start` on of a document of the record `line`; the first token of a piece is context."""

@@ -81,7 +81,7 @@ def row_dtype(seq_len: int, token_dtype: np.dtype | str) -> np.dtype:
 def digests(records: np.ndarray) -> np.ndarray:
     """What the field `digest` of each of these records must hold: uint64 [rows]."""
     size = records.dtype.itemsize
-    content = memoryview(np.ascontiguousarray(records).view(np.uint8))
+    content = np.ascontiguousarray(records).view(np.uint8).data
     begins = range(0, len(records) * size, size)
     made = (xxhash.xxh3_64_intdigest(content[begin + 8 : begin + size]) for begin in begins)
     return np.fromiter(made, np.uint64, len(records))
@@ -354,7 +354,8 @@ class Shards:
 
         Raises DataError, or OSError, where they cannot be read.
         """
-        made, of_shard = {}, {}
+        made: dict[int, list[str]] = {}
+        of_shard: dict[int, list[int]] = {}
         for row in rows:
             of_shard.setdefault(row // self.manifest.rows_per_shard, []).append(row)
         for shard, mine in of_shard.items():

@@ -301,7 +301,8 @@ class _ZstdStream(io.RawIOBase):
         self._zstandard = zstandard
         self._file = io.FileIO(path)
         self._frame: Any = None
-        self._input = self._ready = b""
+        self._input: bytes = b""
+        self._ready: bytes | memoryview = b""
 
     def readable(self) -> bool:
         return True
@@ -342,10 +343,11 @@ def _lines(piece: Slice) -> Iterator[tuple[int, bytes | None]]:
     with _open(piece.path) as file:
         if position:
             file.seek(position)
-        while position < end and (line := file.readline(_PIECE_BYTES)):
-            position += len(line)
-            if len(line) == _PIECE_BYTES and line[-1] != 10:
-                line, more = _long_line(file, line)
+        while position < end and (read := file.readline(_PIECE_BYTES)):
+            position += len(read)
+            line: bytes | None = read
+            if len(read) == _PIECE_BYTES and read[-1] != 10:
+                line, more = _long_line(file, read)
                 position += more
             if number == 1 and line is not None:
                 line = line.removeprefix(_BOM)
@@ -526,7 +528,8 @@ def _articles(piece: Slice) -> Iterator[Row]:
 
     One of more than MAX_LINE_BYTES characters comes in pieces.
     """
-    start, size, held = 1, 0, []
+    start, size = 1, 0
+    held: list[str] = []
     has_titles = any(is_title for _, _, is_title in _marked(piece))
     for number, line, is_title in _marked(piece):
         if isinstance(line, Drop):

@@ -150,8 +150,8 @@ class Template:
 
     def _before(self, previous: str, role: str) -> str:
         if role == "user":
-            is_inside = previous == "system" and self.user_after_system is not None
-            before = self.user_after_system if is_inside else self.before_user
+            inside = self.user_after_system if previous == "system" else None
+            before = self.before_user if inside is None else inside
             return (self.between if previous == "assistant" else "") + before
         return {"system": self.before_system or "", "assistant": self.header, "answer": self.header, "": ""}[role]
 
@@ -545,7 +545,7 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> nodes.CallBlock:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_body"), [], [], body, lineno=line)
 
     def _body(self, caller: Callable[[], str]) -> str:
         return caller()

@@ -162,8 +162,10 @@ def _first_start(tokens: np.ndarray, begin: int, end: int, eos_id: int | None) -
     """Where the first text starts that starts in begin … end; `end` when none does."""
     if begin == 0:
         return 0
+    if eos_id is None:
+        return end
     for at in range(begin - 1, end - 1, MAX_TOKENS):
-        ends = np.flatnonzero(tokens[at : min(at + MAX_TOKENS, end - 1)] == eos_id) if eos_id is not None else ()
+        ends = np.flatnonzero(tokens[at : min(at + MAX_TOKENS, end - 1)] == eos_id)
         if len(ends):
             return at + int(ends[0]) + 1
     return end

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,12 +51,17 @@ class Tokenizer:
     @cached_property
     def eos_id(self) -> int:
         """Id of the token that ends a document."""
-        return self.inner.token_to_id(self.eos_token)
+        return self._id(self.eos_token)
 
     @cached_property
     def pad_id(self) -> int:
         """Id of the filler at the end of rows."""
-        return self.inner.token_to_id(self.pad_token)
+        return self._id(self.pad_token)
+
+    def _id(self, token: str) -> int:
+        found = self.inner.token_to_id(token)
+        assert found is not None, token  # `load` looked
+        return found
 
     @cached_property
     def bos_ids(self) -> list[int]:
@@ -96,7 +101,7 @@ class Tokenizer:
     @cached_property
     def end_ids(self) -> list[int]:
         """Ids of the tokens after which an answer is over."""
-        return [self.eos_id, *([self.inner.token_to_id(self.eot_token)] if self.eot_token else [])]
+        return [self.eos_id, *([self._id(self.eot_token)] if self.eot_token else [])]
 
     @cached_property
     def _rest(self) -> tokenizers.Tokenizer | None:
@@ -158,14 +163,15 @@ class Tokenizer:
         added = [token.content for token in self.inner.get_added_tokens_decoder().values()]
         texts = (*_SAMPLES, *(f"a {token} b{token}c" for token in added), *samples)
         made = []
-        for slow, tokenizer_json in ((self.inner, self._json), (self._rest, self._rest and self._rest.to_str())):
+        for slow in (self.inner, self._rest):
             if slow is None:
                 continue
-            fast, reason = _gigatoken(tokenizer_json)
+            fast: Any
+            fast, reason = _gigatoken(self._json if slow is self.inner else slow.to_str())
             if fast is None:
                 return self, f"tokenizers (gigatoken does not know this tokenizer: {reason})"
             for text in texts:
-                found, _ = _attempt(lambda fast=fast, text=text: fast(text).tolist())
+                found, _ = _attempt(partial(lambda fast, text: fast(text).tolist(), fast, text))
                 if found != slow.encode(text, add_special_tokens=False).ids:
                     return self, f"tokenizers (gigatoken differs on {text[:60]!r})"
             made.append(fast)
@@ -520,6 +526,7 @@ def _converted(proto: Any) -> tokenizers.Tokenizer:
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Fast
 
+    model: models.Model
     trainer = proto.trainer_spec
     normal, control, user_defined = 1, 3, 4  # the piece types of sentencepiece_model.proto
     if trainer.model_type == trainer.BPE:

@@ -108,12 +108,20 @@ class Overview:
     @property
     def funnel(self) -> list[Bar]:
         """Records read, dropped (a reason each, the most frequent first) and kept."""
-        if not self.about:
-            return []
-        funnel = self.about["funnel"]
-        drops = sorted(funnel["drops"].items(), key=lambda item: -item[1])
-        kept = [Bar(name, funnel[name]) for name in ("train", "validation")]
-        return [Bar("read", funnel["read"]), *(Bar(f"− {reason}", count) for reason, count in drops), *kept]
+        return funnel(self.about) if self.about else []
+
+
+def funnel(about: Mapping[str, Any]) -> list[Bar]:
+    """What a `prepare.json` counts: records read, dropped (a reason each, the most frequent first) and kept.
+
+    >>> counted = {"read": 9, "drops": {"empty": 1, "duplicate": 3}, "train": 4, "validation": 1}
+    >>> [(bar.label, bar.count) for bar in funnel({"funnel": counted})]
+    [('read', 9), ('− duplicate', 3), ('− empty', 1), ('train', 4), ('validation', 1)]
+    """
+    counted = about["funnel"]
+    drops = sorted(counted["drops"].items(), key=lambda item: -item[1])
+    kept = [Bar(name, counted[name]) for name in ("train", "validation")]
+    return [Bar("read", counted["read"]), *(Bar(f"− {reason}", count) for reason, count in drops), *kept]
 
 
 def split_folders(folder: Path) -> list[Path]:
@@ -139,7 +147,7 @@ def overview(folder: Path, *, row: int | None = None, seed: int = 0) -> Overview
     tokens = folders[0].parent / "tokenizer"
     tokenizer = Tokenizer.load(str(tokens)) if tokens.is_dir() else None
     splits = [_split(path, tokenizer, row if path == folders[0] else None, seed) for path in folders]
-    about = _about(folder / "prepare.json") if is_whole else {}
+    about = prepared(folder) if is_whole else {}
     return Overview(folder, about, _first_rejects(folder / "rejects.jsonl") if is_whole else {}, splits)
 
 
@@ -170,8 +178,9 @@ def _row(shards: Shards, tokenizer: Tokenizer, number: int) -> Row:
     return Row(number, tuple(found[:_MOST_SAMPLES]), padding, max(0, len(found) - _MOST_SAMPLES))
 
 
-def _about(path: Path) -> dict[str, Any]:
-    """`prepare.json`, {} where there is none."""
+def prepared(folder: Path) -> dict[str, Any]:
+    """What the `prepare.json` of a folder of shards says, {} where there is none. Raises DataError for a damaged one."""
+    path = folder / "prepare.json"
     try:
         about = json.loads(path.read_bytes())
         funnel, _ = about["funnel"], (about["settings"]["prepare"], about["sources"])
@@ -553,8 +562,8 @@ def histogram(entries: Sequence[Bar]) -> Chart:
     bars = []
     for number, entry in enumerate(entries):
         tall = max(entry.count * scale, 1.5) if entry.count else 0.0  # one document among millions is still seen
-        places = (left + number * slot + 1, bottom - tall, slot - 2, tall)
-        bars.append((*(round(place, 2) for place in places), entry))
+        x, y, width_of_bar = (round(place, 2) for place in (left + number * slot + 1, bottom - tall, slot - 2))
+        bars.append((x, y, width_of_bar, round(tall, 2), entry))
     ticks = [(round(bottom - count * scale, 2), count) for count in range(0, top_count + 1, step)]
     return Chart(width, height, left, bottom, bars, ticks)
 

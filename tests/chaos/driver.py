@@ -42,8 +42,8 @@ LAYOUTS = [(1, 0), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (3, 1), (3, 2
 ENVELOPE = {"loss": 1e-5, "weights": 1e-4, "logits": 1e-4}  # absolute, over 60 steps at 3e-3: docs/checkpoints.md
 ALLOWED_CODES = {0, 1, 75, 130, 138, 143, 137, -signal.SIGKILL}  # 137: torchrun was killed
 _FILES = re.compile(
-    r"run\.yaml|\.watch/rank-\d{5}\.stacks\.txt|(metrics|usage|bad_rows)\.jsonl|\.lock|model/.*|tensorboard/.*|verdicts/[^/]+\.json|checkpoints/latest|"
-    r"checkpoints/step-\d{8}(\.damaged-\d+)?/.*"
+    r"run\.yaml|environment\.json|\.watch/rank-\d{5}\.stacks\.txt|(metrics|usage|bad_rows)\.jsonl|\.lock|model/.*|(tensorboard|services)/.*|verdicts/[^/]+\.json|"
+    r"checkpoints/latest|checkpoints/step-\d{8}(\.damaged-\d+)?/.*"
 )
 
 
@@ -278,6 +278,7 @@ class Campaign:
             if not _FILES.fullmatch(name := path.relative_to(self.run_dir).as_posix())
         ]  # fmt: skip
         assert not strays, strays
+        runs.check_charts(self.run_dir)
         newest = (list_folders(path / "checkpoints")[-1] for path in (self.run_dir, self.folder / "undisturbed"))
         mine, theirs = map(runs.tensors, newest)
         assert mine.keys() == theirs.keys()

@@ -89,6 +89,20 @@ def witness(folder: Path) -> dict[str, float]:
     return values
 
 
+def losses_of_documents(folder: Path) -> list[float]:
+    """The mean loss of each document that has targets, by the same plain loop."""
+    shards, losses = open_shards(folder, "validation"), []
+    for row in range(shards.num_rows):
+        batch = shards.rows(np.array([row]))
+        for number in range(batch.documents.max() + 1):
+            chosen = batch.documents[0] == number
+            ids, targets = torch.tensor(batch.tokens[0, chosen]), np.flatnonzero(batch.targets[0, chosen])
+            log_probs = oracle(ids[None], torch.arange(len(ids))[None])[0].double().log_softmax(-1)
+            if len(targets):
+                losses.append(-float(np.mean([log_probs[place - 1, ids[place]].item() for place in targets])))
+    return losses
+
+
 def label_witness(folder: Path) -> tuple[list[int], list[bool]]:
     """(likeliest label, whether the right one would be said) of each held-out record, one conversation at a time."""
     tokenizer = Tokenizer.load(str(folder / "tokenizer"))
@@ -121,7 +135,7 @@ def measured(topology, folder):
     plain = held_out_loss(forward, loader, comms)
     asked = [[3, 4, 5], [6, 7], [8]]
     said = answers(forward, asked, comms, end_ids=[], max_new_tokens=4, context=6)
-    return made.values, made.confusion, plain, said, len(calls), (shards.num_rows, task.shards.num_rows)
+    return made.values, made.confusion, plain.values, said, len(calls), (shards.num_rows, task.shards.num_rows), made.documents
 
 
 @pytest.mark.parametrize("name", ["many", "few"])
@@ -140,19 +154,22 @@ def test_the_same_numbers_on_one_two_and_three_ranks_and_by_a_plain_loop(name, r
     expected["validation_exact_match"] = sum(is_exact) / len(records)
     if name == "many":
         assert all(0 < expected[f"validation_{of}"] < 1 for of in ("exact_match", "accuracy"))
-    first = None
+    first, losses = None, losses_of_documents(folder)
     for world_size in (1, 2, 3):
         ranks = run_workers(measured, world_size, folder)
         assert len({rank[4] for rank in ranks}) == 1, "every rank calls the model equally often"
         assert ranks[0][5] == (1, 1) if name == "few" else min(ranks[0][5]) > 6
-        for values, matrix, plain, said, *_ in ranks:
+        for values, matrix, plain, said, *_, documents in ranks:
+            assert (documents["count"], documents["mean"]) == (len(losses), pytest.approx(np.mean(losses), rel=1e-5))
+            assert documents["counts"] == np.histogram(losses, documents["edges"])[0].tolist()
+            assert documents["quantiles"]["0.5"] == pytest.approx(np.quantile(losses, 0.5), rel=0.2)
             assert {key: values[key] for key in expected} == pytest.approx(expected, rel=1e-6)
             assert matrix == {"labels": list(COLOURS), "counts": counts}
             assert plain == {key: values[key] for key in plain}, "what is told by source moves nothing, to the bit"
             assert all(len(ids) <= 4 for ids in said)
-            first = first or (values, said)
+            first = first or (values, said, documents)
             assert values == pytest.approx(first[0], rel=1e-12)
-            assert said == first[1]
+            assert (said, documents) == first[1:], "to the bit"
 
 
 def test_the_sources_of_a_mixture_are_its_sets_and_one_file_alone_is_none(many, few):

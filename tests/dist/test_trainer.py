@@ -12,7 +12,7 @@ import torch
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.evaluate import Evaluator, Measured
 from sft_dist.limits import StopRequest
-from sft_dist.metrics import Metrics
+from sft_dist.metrics import Metrics, numbers
 from sft_dist.retention import Retention
 from sft_dist.spikes import BadSteps, Streak
 from sft_dist.state import TrainState
@@ -39,11 +39,9 @@ class Kept:
     def __init__(self):
         self.lines = []
 
-    def scalars(self, step, values):
-        self.lines.append((step, dict(values)))
-
-    def samples(self, step, answers):
-        raise AssertionError("nothing was to be sampled")
+    def write(self, record):
+        assert "samples" not in record, "nothing was to be sampled"
+        self.lines.append((record["step"], numbers(record)))
 
     def close(self):
         pass

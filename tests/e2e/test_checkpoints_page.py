@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from sft_dist.retention import list_folders
-from tests.e2e.commands import ROOT, clone, run
+from tests.e2e.commands import ROOT, blocks_of, clone, run
 from tests.invariants import runs
 
 PAGE = (ROOT / "docs" / "checkpoints.md").read_text()
@@ -24,8 +24,8 @@ MORE = {
 def lines(heading: str) -> list[str]:
     """The commands of a section's bash block, without their comments."""
     section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    (block,) = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)
-    return [line.partition("  #")[0].rstrip() for line in block.splitlines()]
+    (block,) = [block for block in blocks_of(section) if block.language == "bash"]
+    return block.commands
 
 
 @pytest.fixture(scope="module")

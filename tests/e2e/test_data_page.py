@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 
 import pytest
 import yaml
 
 from sft_dist.data.tokenise import Tokenizer
-from tests.e2e.commands import ROOT, clone, run
-
-PAGE = (ROOT / "docs" / "data.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
+from tests.e2e.commands import ROOT, clone, page_blocks, run, shown
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = clone(tmp_path_factory.mktemp("data"))
-    said = [run(line, folder) for block in blocks("bash") for line in block.splitlines()]
-    assert len(said) == 6
+    said = [run(line, folder) for line in shown("docs/data.md")]
     assert "175 read" in said[0]
     assert "task 2/2: done" in said[4]
     return folder
@@ -40,8 +32,8 @@ def test_tasks_make_the_bytes_of_one_machine(folder):
 
 
 def test_the_mixture_of_the_page_trains_goes_on_and_is_exported(folder):
-    [block] = blocks("yaml")
-    values = yaml.safe_load(block) | {
+    [block] = [block for block in page_blocks("docs/data.md") if block.language == "yaml"]
+    values = yaml.safe_load(block.text) | {
         "run_dir": "runs/mixture",
         "model": {"config": {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}},
         "train": {

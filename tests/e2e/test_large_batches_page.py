@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from tests.e2e.commands import ROOT, clone, run
+from tests.e2e.commands import ROOT, clone, run, shown
 
 PAGE = (ROOT / "docs" / "large-batches.md").read_text()
 MEASURED = json.loads((ROOT / "benchmarks" / "results" / "accumulation.json").read_text())
@@ -13,12 +13,7 @@ MEASURED = json.loads((ROOT / "benchmarks" / "results" / "accumulation.json").re
 
 def test_the_recipe_runs_warns_and_refuses_in_the_words_of_the_page(tmp_path):
     folder = clone(tmp_path)
-    *rest, refused = [
-        line.partition("   #")[0].rstrip()
-        for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
-        for line in block.splitlines()
-    ]
-    prepare, show, train = rest
+    prepare, show, train, refused = shown("docs/large-batches.md")
     run(prepare, folder)
     quoted = re.findall(r"^    ((?:rows|step|run|warning): .*)$", PAGE, flags=re.MULTILINE)
     assert len(quoted) == 4

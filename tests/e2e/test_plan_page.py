@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 
-from tests.e2e.commands import ROOT, clone, run
+from tests.e2e.commands import ROOT, clone, run, shown
 
 PAGE = (ROOT / "docs" / "plan.md").read_text()
 CASES = json.loads((ROOT / "benchmarks" / "results" / "memory_plan.json").read_text())["cases"]
@@ -14,7 +14,7 @@ CASES = json.loads((ROOT / "benchmarks" / "results" / "memory_plan.json").read_t
 
 def test_the_commands_of_the_page(tmp_path):
     folder = clone(tmp_path)
-    prepare, plain, auto = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)[0].splitlines()
+    prepare, plain, auto = shown("docs/plan.md")
     run(prepare, folder)
     told = run(plain, folder)
     assert "→ zero2" in told

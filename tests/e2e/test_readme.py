@@ -1,31 +1,24 @@
-"""The README, executed: every command it shows, in its order, with the training cut short."""
+"""docs/tutorial.md and then README.md, executed in one folder: every command they show, once, with the training cut short."""
 
 from __future__ import annotations
 
 import json
-import re
 
 import pytest
 
-from tests.e2e.commands import ROOT, clone, run
+from tests.e2e.commands import clone, follow, shown
 
-SHORT = "train.max_steps=4 evaluate.samples=1 train.global_batch_rows=8 train.micro_batch_rows=1"
-# Shown, and why they are not run here.
-ELSEWHERE = {
-    "source": "changes a shell; the tests run in that environment already",
-    "make quickstart": "by .ci/run",
-    "make test": "this is it",
-    "sft-dist submit": "by tests/slurm, on a cluster",
-    "sft-dist stop": "by tests/slurm, on a cluster",
-    "tensorboard": "a server that does not end",
-}
+SHORT = "train.max_steps={} evaluate.samples=1 train.global_batch_rows=8 train.micro_batch_rows=1"
+# eight ranks go on where the two before them ended, and two of DeepSpeed's where the eight did
+STEPS = {"torchrun": 6, "deepspeed": 7}
 
 
-def commands() -> list[str]:
-    """The lines of the README's bash blocks without their comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    lines = [line.partition("   #")[0].rstrip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
+def shortened(command: str) -> str:
+    """A training of a few steps for one of minutes."""
+    is_training = command.split()[0] in STEPS or command.startswith("sft-dist train ")
+    if not is_training or "--print-config" in command:
+        return command
+    return f"{command} {SHORT.format(STEPS.get(command.split()[0], 4))}"
 
 
 @pytest.fixture(scope="module")
@@ -33,34 +26,35 @@ def folder(tmp_path_factory):
     return clone(tmp_path_factory.mktemp("readme"))
 
 
-def test_every_command_of_the_readme_runs(folder):
-    shown = commands()
-    outputs = {}
-    for command in shown:
-        if command.startswith(tuple(ELSEWHERE)):
-            continue
-        is_training = (
-            "train" in command.split("runs/")[0] and "--print-config" not in command and "prepare" not in command
-        )
-        # eight ranks go on where the two before them ended, and two of DeepSpeed's where the eight did
-        steps = {"torchrun": 6, "deepspeed": 7}.get(command.split()[0], 4)
-        more = f"{SHORT} train.max_steps={steps}"
-        outputs[command] = run(f"{command} {more}" if is_training else command, folder)
-    said = "\n".join(outputs.values())
-    for words in (
-        "5,574 read → 4,073 train, 1,058 validation; dropped: 415 duplicate, 28 near_validation",
-        "tokens a row", "⟦sample 0⟧", "best: zero=ds_configs/", "40.9 an epoch", "held-out accuracy", "accuracy 0.", "exported step 4", "yes, every byte read", "VERIFIED: all that could be checked is right",
-        "completed: 4 of 4 steps", "nothing of it waits or runs that can be seen from here", "1 accumulated x 8 processes", "resuming from step 4 of 6", "completed: 6 of 6 steps", "resuming from step 6 of 7", "completed: 7 of 7 steps",
-    ):  # fmt: skip
-        assert words in said, words
-    assert len(outputs) == 16
-    measured = [json.loads(line)["validation_loss"] for line in metrics(folder) if "validation_accuracy" in line]
-    assert measured[-1] < measured[0]
-    assert len(measured) == 4
-    assert {"run.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "verdicts", "export"} <= {
-        path.name for path in (folder / "runs" / "sms-spam").iterdir()
-    }
+@pytest.fixture(scope="module")
+def tutorial(folder):
+    return follow("docs/tutorial.md", folder, shortened)
 
 
 def metrics(folder):
-    return (folder / "runs" / "sms-spam" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in (folder / "runs" / "sms-spam" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_tutorial_does_what_it_says(folder, tutorial):
+    for words in (
+        "5,574 read → 4,073 train, 1,058 validation; dropped: 415 duplicate, 28 near_validation",
+        "⟦sample 0⟧", "best: zero=ds_configs/", "40.9 an epoch", "completed: 4 of 4 steps", "held-out accuracy", "accuracy 0.",
+        "exported step 4", "yes, every byte read", "VERIFIED: all that could be checked is right", "Running a bit late' → ",
+    ):  # fmt: skip
+        assert words in tutorial, words
+    assert (folder / "runs/sms-spam/data.html").is_file()
+    measured = [line["validation_loss"] for line in metrics(folder) if "validation_accuracy" in line]
+    assert measured[-1] < measured[0]
+
+
+def test_every_command_of_the_readme_runs(folder, tutorial):
+    said = follow("README.md", folder, shortened, done=shown("docs/tutorial.md"))
+    for words in (
+        "1 accumulated x 8 processes", "resuming from step 4 of 6", "completed: 6 of 6 steps", "resuming from step 6 of 7",
+        "completed: 7 of 7 steps", "nothing of it waits or runs that can be seen from here",
+    ):  # fmt: skip
+        assert words in said, words
+    assert len([line for line in metrics(folder) if "validation_accuracy" in line]) == 4
+    assert {"run.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "verdicts", "export"} <= {
+        path.name for path in (folder / "runs" / "sms-spam").iterdir()
+    }

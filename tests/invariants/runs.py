@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 
@@ -115,3 +117,33 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
         Reader(checkpoint, manifest).fill([Fragment(name, length, 0, values)])
         made |= {f"{kind}/{name}": value for kind, value in values.items()}
     return made
+
+
+def charts(run_dir: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:
+    """By (TensorBoard's run, tag) the (x, value) of all scalars, as TensorBoard's own reader has them."""
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    events = EventMultiplexer(size_guidance={"scalars": 0}).AddRunsFromDirectory(str(run_dir / "tensorboard")).Reload()
+    return {
+        (run, tag): [(event.step, event.value) for event in events.Scalars(run, tag)]
+        for run, tags in events.Runs().items()
+        for tag in tags["scalars"]
+    }
+
+
+def check_charts(run_dir: Path) -> None:
+    """What `metrics.jsonl` has of losses is on TensorBoard's charts, over each x-axis, without overlap or gap."""
+    lines, found = curve(run_dir), charts(run_dir)
+    for name, tag in (("loss", "train/loss"), ("validation_loss", "validation/loss")):
+        kept = [line for line in lines if name in line]
+        assert kept, name
+        values = [np.float32(line[name]) for line in kept]
+        flat = tag.replace("/", "_")
+        xs = {
+            (".", tag): [line["step"] for line in kept],
+            ("by_target_tokens", f"by_target_tokens/{flat}"): [line["target_tokens"] for line in kept],
+            ("by_gpu_hours", f"by_gpu_hours/{flat}"): [round(line["gpu_hours"] * 1e6) for line in kept],
+        }
+        for which, wanted in xs.items():
+            assert found[which] == list(zip(wanted, values, strict=True)), which
+            assert all(a < b for a, b in itertools.pairwise(wanted)), which

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.chat import Decoding
 from sft_dist.config import load
 from sft_dist.data.build import prepare
 from tests.invariants import runs
@@ -26,10 +27,11 @@ def finished(tmp_path_factory):
 
 
 def call(topology, name, *arguments, **more):
-    """A function of launch.after, in a process of its own."""
-    from launch import after
+    """A function of what is done with a finished run, in a process of its own."""
+    from launch import chat, hand_over, measure
 
-    return getattr(after, name)(*arguments, **more)
+    module = next(module for module in (measure, hand_over, chat) if hasattr(module, name))
+    return getattr(module, name)(*arguments, **more)
 
 
 def refused(pattern, *arguments, **more):
@@ -77,10 +79,10 @@ def test_a_llama_in_bf16_is_exported_as_it_was_trained(tmp_path):
 
 
 def test_an_answer_is_one_of_few_words(finished):
-    answer = run_workers(call, 1, "answer_prompt", str(finished / "export"), "win a prize", 3)[0]
+    answer = run_workers(call, 1, "answer_prompt", str(finished / "export"), "win a prize", Decoding(3))[0]
     assert isinstance(answer, str)
     refused(r"--prompt: \d+ tokens do not leave room in a context of 128; shorten it", "answer_prompt",
-            str(finished / "run"), "win " * 200, 3)  # fmt: skip
+            str(finished / "run"), "win " * 200, Decoding(3))  # fmt: skip
 
 
 def test_what_cannot_be_measured_or_asked_is_said(finished, tmp_path):
@@ -128,7 +130,7 @@ def test_what_cannot_be_measured_or_asked_is_said(finished, tmp_path):
     (moved / "tokenizer_config.json").write_text(json.dumps(about))
     for path in moved.glob("*.jinja"):
         path.unlink()
-    refused("its tokenizer has no chat template; export it from a run", "answer_prompt", str(moved), "hi", 3)
+    refused("its tokenizer has no chat template; export it from a run", "answer_prompt", str(moved), "hi", Decoding(3))
 
 
 def test_an_export_never_overwrites_and_needs_a_checkpoint(finished, tmp_path):
@@ -210,7 +212,7 @@ class StandIn:
 
 
 def with_stand_in(topology, name, *arguments, fails=False, **more):
-    """A function of launch.after where lm-eval is the stand-in; what it returns and prints."""
+    """A function where lm-eval is the stand-in; what it returns and prints."""
     import contextlib
     import io
 

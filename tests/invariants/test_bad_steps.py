@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.after import verify_run
+from launch.certify import verify_run
 from sft_dist.config import load
 from sft_dist.data.shards import Shards
 from sft_dist.limits import StopRequest
@@ -83,6 +83,8 @@ def test_the_run_goes_back_and_past_the_rows(task, expected, tmp_path):
     assert verify_run(run_dir).is_right
     assert [line["step"] for line in runs.curve(run_dir) if "loss" in line] == list(range(1, 10))
     assert any(run_dir.glob("metrics.jsonl.*")), "what was cut off is kept"
+    runs.check_charts(run_dir)
+    assert [line["step"] for line in runs.curve(run_dir) if "config" in line] == [0], "once, as it did not change"
     listed = [json.loads(line) for line in (run_dir / "bad_rows.jsonl").read_text().splitlines()]
     assert [(line["step"], line["begin"], line["loss"]) for line in listed] == [
         (7, 48, "nan"),

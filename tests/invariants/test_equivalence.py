@@ -218,7 +218,7 @@ def test_the_export_measures_what_the_trainer_measured(go, reference, tmp_path):
 
 
 def exported(topology, run_dir, out):
-    from launch.after import measure_model
+    from launch.measure import measure_model
     from sft_dist.export import export
 
     assert export(run_dir, out) == 12

@@ -25,7 +25,7 @@ def interrupted(task, tmp_path_factory):
 
 
 def certified(topology, run_dir):
-    from launch.after import verify_run
+    from launch.certify import verify_run
 
     certificate = verify_run(run_dir)
     return certificate.is_right, certificate.text

@@ -1,4 +1,5 @@
 import copy
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sft_dist.batch import Batch, derive_batch, num_steps, total_rows
-from sft_dist.config import load
+from sft_dist.config import load, read
 from sft_dist.errors import ConfigError
 from sft_dist.schema import ModelConfig, RunConfig, TrainConfig
 from sft_dist.zero import zero_config, zero_stage
@@ -594,3 +595,23 @@ def test_what_the_page_on_measuring_shows_can_be_written(tmp_path):
     config = load(written(tmp_path, evaluate=values["evaluate"], **prepare))
     assert [source.text for source in config.prepare.general] == ["text", "body"]
     assert config.evaluate.samples_every_steps == 1000
+
+
+@pytest.mark.parametrize(("service", "section"), [("wandb", "{project: x}"), ("mlflow", "{experiment: x}")])
+def test_a_service_without_its_package_is_refused_before_anything_starts(tmp_path, monkeypatch, service, section):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == service else find(name, *rest))
+    with pytest.raises(ConfigError) as error:
+        load(written(tmp_path), [f"logging.{service}={section}"])
+    assert str(error.value).endswith(
+        f"logging.{service}: needs the package {service}, which is not installed; pip install 'sft-dist[{service}]', or leave the "
+        "section out"
+    )
+    assert read(written(tmp_path), [f"logging.{service}={section}"]), "what is done after a run needs none"
+
+
+def test_a_password_in_the_run_file_is_refused_and_not_repeated(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        load(written(tmp_path), ["logging.mlflow={experiment: x, tracking_uri: 'https://me:hush@host'}"])
+    assert "logging.mlflow.tracking_uri: holds a password, which the run would write down" in str(error.value)
+    assert "hush" not in str(error.value)

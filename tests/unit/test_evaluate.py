@@ -13,6 +13,7 @@ from sft_dist.data.records import Conversation, Document, Turn
 from sft_dist.data.shards import write
 from sft_dist.data.template import template_from
 from sft_dist.data.tokenise import Tokenizer
+from sft_dist.document_losses import distribution
 from sft_dist.errors import DataError
 from sft_dist.evaluate import Evaluator, Measured, forgetting, held_out, held_out_loss, open_shards, same_tokenizer
 from sft_dist.labels import LabelTask, confusion, label_metrics, label_scores
@@ -100,7 +101,7 @@ def test_validation_loss_is_the_mean_over_all_target_tokens(
     loader = Loader(
         open_shards(data, "validation"), Topology(), seed=0, micro_batch_rows=micro_batch_rows, shuffle=False
     )
-    values = held_out_loss(forward, loader, comms)
+    values = held_out_loss(forward, loader, comms).values
     assert values["validation_loss"] == pytest.approx(-sum(each) / len(each), rel=1e-5)
     assert values["validation_perplexity"] == pytest.approx(math.exp(-sum(each) / len(each)), rel=1e-4)
 
@@ -108,7 +109,9 @@ def test_validation_loss_is_the_mean_over_all_target_tokens(
 def test_the_order_of_rows_does_not_move_the_loss(data, forward, comms):
     shards = open_shards(data, "validation")
     losses = [
-        held_out_loss(forward, Loader(shards, Topology(), seed=seed, micro_batch_rows=3), comms)["validation_loss"]
+        held_out_loss(forward, Loader(shards, Topology(), seed=seed, micro_batch_rows=3), comms).values[
+            "validation_loss"
+        ]
         for seed in (0, 1)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -128,17 +131,18 @@ def test_the_ranks_of_a_world_share_the_rows_out(data, forward, comms):
         held_out_loss(
             forward, Loader(shards, Topology(rank, 3, rank), seed=0, micro_batch_rows=4, shuffle=False), Summing()
         )
-    total, count = sum(sums).tolist()
+    total, count = sum(sums[::2]).tolist()
     whole = held_out_loss(forward, Loader(shards, Topology(), seed=0, micro_batch_rows=4, shuffle=False), comms)
     assert count == shards.manifest.targets
-    assert whole["validation_loss"] == pytest.approx(total / count, rel=1e-12)
+    assert whole.values["validation_loss"] == pytest.approx(total / count, rel=1e-12)
+    assert whole.documents == distribution(sum(sums[1::2]))
 
 
 def test_a_set_without_targets_has_no_loss(tmp_path, forward, comms):
     about = {"vocab_size": 50, "eos_id": 0, "pad_id": 0, "tokenizer": "t", "template": "p"}
     write(tmp_path / "validation", [[Document([3, 4], [False, False], "f:1")]], seq_len=4, rows_per_shard=1, **about)
     loader = Loader(open_shards(tmp_path, "validation"), Topology(), seed=0, micro_batch_rows=1)
-    assert held_out_loss(forward, loader, comms) == {}
+    assert held_out_loss(forward, loader, comms) == Measured()
 
 
 def test_perplexity_of_a_hopeless_model_is_a_number(data, comms, tokenizer):
@@ -148,9 +152,11 @@ def test_perplexity_of_a_hopeless_model_is_a_number(data, comms, tokenizer):
         return logits
 
     loader = Loader(open_shards(data, "validation"), Topology(), seed=0, micro_batch_rows=4)
-    values = held_out_loss(hopeless, loader, comms)
+    measured = held_out_loss(hopeless, loader, comms)
+    values = measured.values
     assert values["validation_loss"] == pytest.approx(1e5, rel=1e-3)
     assert math.isfinite(values["validation_perplexity"])
+    assert measured.documents["edges"][-1] > 64
 
 
 @pytest.mark.parametrize("micro_batch_rows", [1, 5, 1000])
@@ -346,16 +352,16 @@ def test_an_evaluator_measures_what_there_is(data, tokenizer, forward, held_out,
     metrics["validation_exact_match"] = float(scores.is_exact.mean())
     matrix = confusion(task.labels, task.truth, scores.predicted)
     assert whole.loss(forward) == loss
-    assert whole.metrics(forward) == Measured({**loss, **metrics}, matrix)
+    assert whole.metrics(forward) == Measured({**loss.values, **metrics}, loss.documents, matrix)
     answered = whole.samples(forward)
     assert [(a["prompt"], a["expected"]) for a in answered] == [(p.text, p.expected) for p in asked]
     ids = answer(forward, asked[1].ids, comms, end_ids=[tokenizer.eos_id], max_new_tokens=4, context=96)
     assert answered[1]["answer"] == tokenizer.decode(ids)
 
-    assert Evaluator(comms, None, task).metrics(forward) == Measured(metrics, matrix)
-    assert Evaluator(comms, loader, None).metrics(forward) == Measured(loss)
+    assert Evaluator(comms, None, task).metrics(forward) == Measured(metrics, None, matrix)
+    assert Evaluator(comms, loader, None).metrics(forward) == loss
     nothing = Evaluator(comms, None, None)
-    assert (nothing.loss(forward), nothing.metrics(forward), nothing.samples(forward)) == ({}, Measured(), [])
+    assert (nothing.loss(forward), nothing.metrics(forward), nothing.samples(forward)) == (Measured(), Measured(), [])
 
 
 def test_the_splits_of_a_mixture_are_those_of_its_sets_that_have_one(data, tmp_path):

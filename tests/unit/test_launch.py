@@ -196,6 +196,14 @@ def test_a_rank_killed_by_the_kernel_is_named(capsys):
     assert capsys.readouterr().err == "sft-dist: rank 1 of this machine was killed by SIGKILL: out of memory?\n"
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_what_a_rank_says_comes_above_the_bar_that_it_draws(capsys, monkeypatch, is_terminal):
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
+    local._relay(SimpleNamespace(stderr=io.StringIO("warning: slow\n")))
+    assert capsys.readouterr().err == "\r\x1b[2K" * is_terminal + "warning: slow\n"
+
+
 def test_few_steps_an_epoch_get_a_warning(run):
     rows = plan(run).shards.num_rows
     assert rows >= 40
@@ -235,7 +243,7 @@ def test_set_aside_moves_what_a_run_left_and_keeps_the_rest(tmp_path):
     run_dir = tmp_path / "run"
     assert train.set_aside(run_dir) is None
     for number in (1, 2):
-        for name in ("checkpoints/step-00000001", "tensorboard", "shards/train"):
+        for name in ("checkpoints/step-00000001", "services", "tensorboard", "shards/train"):
             (run_dir / name).mkdir(parents=True, exist_ok=True)
         (run_dir / "run.yaml").write_text(f"run {number}")
         (run_dir / "checkpoints" / "step-00000001" / "state.json").write_text(f"state {number}")
@@ -244,6 +252,7 @@ def test_set_aside_moves_what_a_run_left_and_keeps_the_rest(tmp_path):
         assert sorted(p.name for p in (run_dir / f"previous-{number}").iterdir()) == [
             "checkpoints",
             "run.yaml",
+            "services",
             "tensorboard",
         ]
     for number in (1, 2):

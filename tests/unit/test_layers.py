@@ -9,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
-    "errors files data.records",
-    "gpus",
+    "errors files phases goodput data.records glossary",
+    "gpus chart",
     "schema topology identity",
-    "batch",
+    "batch reference",
     "zero",
     "config",
     "data.token_files data.origins data.order schedule limits spikes ledger watchdog usage",
@@ -23,11 +23,13 @@ ROWS = [
     "data.work data.mixture",
     "data.merge",
     "data.build data.loader data.view comms loss metrics attention layout stragglers optimizer",
-    "model engine store foreign flops answers labels",
+    "console model engine store foreign flops answers labels document_losses tensorboard_sink services wandb_sink mlflow_sink",
     "memory",
-    "manifest",
-    "checkpoint",
-    "account rollback votes evaluate export verify preflight health plan",
+    "depth run_record",
+    "report manifest",
+    "checkpoint reproduce",
+    "card",
+    "account rollback votes evaluate export hub verify preflight health plan",
     "trainer",
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row.split()}
@@ -39,6 +41,7 @@ TORCH_FREE = {
     "errors",
     "files",
     "schema",
+    "reference",
     "batch",
     "zero",
     "config",
@@ -56,7 +59,12 @@ TORCH_FREE = {
 OWNERS = {
     "deepspeed": {"engine"},
     "torch.distributed": {"comms"},
-    "torch.utils.tensorboard": {"metrics"},
+    "torch.utils.tensorboard": {"tensorboard_sink"},
+    "tensorboard": {"tensorboard_sink"},
+    "wandb": {"wandb_sink"},
+    "mlflow": {"mlflow_sink"},
+    "rich": {"console", "data.view"},
+    "plotext": {"console"},
     "os.environ": {"topology"},
     "gigatoken": {"data.tokenise"},
     "ftfy": {"data.curate"},

@@ -24,7 +24,11 @@ def tracked() -> set[str]:
 
 def test_every_file_has_its_line_and_every_line_its_file():
     files = {path for path in tracked() if path.split("/")[0] in LISTED_FOLDERS and (ROOT / path).is_file()}
-    files = {path for path in files if not path.endswith("__init__.py") and not set(path.split("/")) & set(DATA)}
+    files = {
+        path
+        for path in files
+        if not path.endswith(("__init__.py", "py.typed")) and not set(path.split("/")) & set(DATA)
+    }
     files |= {path for path in tracked() if path.startswith("sft_dist/data/") and not path.endswith("__init__.py")}
     named = {path for path in listed() if path.split("/")[0] in LISTED_FOLDERS}
     assert named == files
