@@ -110,7 +110,8 @@ def look(
     """
     source = _source(path, format)
     rows = _rows(source)
-    names, chosen = tuple(rows[0]) if rows else (), dict(columns or {})
+    names = tuple(rows[0]) if rows else ()
+    chosen: dict[str, Any] = dict(columns or {})
     is_headless = bool(names) and all(isinstance(name, int) for name in names)
     if is_headless:
         chosen = {role: int(name) if name.isdecimal() else name for role, name in chosen.items()}
@@ -301,7 +302,7 @@ def wished(options: Options, *, asks: bool) -> Wish:
         raise ConfigError(
             "--data is missing: the file, glob, folder or hf:ID of your records (at a terminal init asks for it)"
         )
-    found = _asked_data(options) if asks else look(options.data, options.task, options.columns, options.format)
+    found = _asked_data(options) if asks else look(options.data or "", options.task, options.columns, options.format)
     chosen, model, run_dir, validation = options.preset, options.model, options.run_dir, options.validation
     if asks and not (chosen or model):
         chosen = click.prompt(f"Model: {', '.join(presets())}, or a hub id or a folder", default=_usual())

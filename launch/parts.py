@@ -375,7 +375,7 @@ def metrics(
     console = Console(total_steps, state.step, sys.stdout)
     truth = JsonLines(path, state.step)
     kept = read_lines(path)
-    sinks = (
+    sinks: tuple[Any, ...] = (
         truth,
         TensorBoard(plan.run_dir / "tensorboard", kept),
         console,

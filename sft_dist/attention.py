@@ -83,7 +83,7 @@ def choose(
     """
     truth_name, tolerance, passed_over = names[-1], 3e-2 if is_16_bit else 1e-3, []
     use(truth_name)
-    truth = forward(*_packed_rows(vocab_size)).float() if len(names) > 1 else None
+    truth = forward(*_packed_rows(vocab_size)).float() if len(names) > 1 else torch.empty(0)
     for name in names[:-1]:
         try:
             use(name)

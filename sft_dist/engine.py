@@ -48,12 +48,8 @@ class Applied:
     own_seconds: float = 0.0
 
 
-_SCALER = (
-    "cur_scale",
-    "cur_iter",
-    "last_overflow_iter",
-    "cur_hysteresis",
-)  # what DeepSpeed's DynamicLossScaler remembers
+# What DeepSpeed's DynamicLossScaler remembers.
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Engine:
@@ -233,11 +229,11 @@ def _suspects(losses: torch.Tensor, rows: list[Any], *, is_loss: bool) -> tuple[
 
 def _initialize(model: torch.nn.Module, adam: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    has_mlflow = sys.modules.setdefault("mlflow", None) is not None  # its autotuner would load it, for a second a rank
+    sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]  # DeepSpeed's autotuner would load it, for a second a rank
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
-    if not has_mlflow:
+    if sys.modules["mlflow"] is None:
         del sys.modules["mlflow"]
     # On a CPU, DeepSpeed would compile this shared-memory op for minutes, and needs a compiler; gloo does the work.
     __compatible_ops__["deepspeed_shm_comm"] = False

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from sft_dist.kernels import documents_of
 from sft_dist.loss import target_log_probs
 
+_NONE = torch.empty(0, dtype=torch.int64)
 _BUCKET = 64  # the number of places is rounded up to a multiple of it: few shapes
 _PART_BYTES = {"cuda": 1 << 29, "cpu": 1 << 25}  # of fp32 logits at a time: a GPU wants large products, a CPU its cache
 
@@ -26,12 +27,12 @@ _PART_BYTES = {"cuda": 1 << 29, "cpu": 1 << 25}  # of fp32 logits at a time: a G
 class Scores(NamedTuple):
     """Of each place the log-probability of its label, fp32 [places], and where a model is only asked the likeliest token.
 
-    `loss`: minus their sum, fp32, to take the gradient of; `best`: int64 [places].
+    `loss`: minus their sum, fp32, to take the gradient of; `best`: int64 [places], empty where a model learns.
     """
 
     loss: torch.Tensor
     log_probs: torch.Tensor
-    best: torch.Tensor | None = None
+    best: torch.Tensor
 
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Scores]
@@ -109,8 +110,8 @@ class Logits(NamedTuple):
 
     def through(self, gradient: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
         """The gradient, in place, by what came out of the matrix product; `logits` are wanted where there is a cap."""
-        if self.cap:
-            gradient.mul_(1 - (logits / self.cap).square_())
+        if logits is not None:
+            gradient.mul_(1 - (logits / self.cap) ** 2)
         return gradient.mul_(self.scale) if self.scale != 1.0 else gradient
 
 
@@ -235,7 +236,7 @@ class Head:
         self,
         *args: Any,
         places: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        labels: torch.Tensor = _NONE,
         grad_scale: float = 1.0,
         num_documents: int | None = None,
         **more: Any,
@@ -255,7 +256,8 @@ class Head:
         weight, bias = self._output.weight, getattr(self._output, "bias", None)
         size = self._part or part_places(len(weight), hidden.device.type)
         if torch.is_grad_enabled():
-            return Scores(*_LossAt.apply(hidden, weight, bias, labels, self._kind, size, grad_scale))
+            loss, of_labels = _LossAt.apply(hidden, weight, bias, labels, self._kind, size, grad_scale)
+            return Scores(loss, of_labels, labels.new_empty(0))
         log_probs, best = [], []
         for part in _parts(len(hidden), size):
             logits = self._kind.made(hidden[part], weight, bias)

@@ -53,11 +53,11 @@ def _by_document(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bo
     for begin, end in itertools.pairwise(ends):
         if begin == end:
             break
-        one = [part[begin:end].transpose(0, 1) for part in (query, key, value)]
+        q, k, v = (part[begin:end].transpose(0, 1) for part in (query, key, value))
         mask = _in_window(end - begin, window, query.device) if window and end - begin > window else None
         made.append(
             F.scaled_dot_product_attention(
-                *one, attn_mask=mask, is_causal=mask is None, dropout_p=more["dropout"], scale=more["scale"],
+                q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=more["dropout"], scale=more["scale"],
                 enable_gqa=query.shape[1] != key.shape[1],
             ).transpose(0, 1)
         )  # fmt: skip
@@ -108,8 +108,8 @@ def _registered(name: str) -> str:
             raise NotImplementedError(f"{name}: has no soft cap, no sinks and, but for by_document, no dropout")
         rows, _, length, _ = query.shape
         flat = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
-        more = {"length": max_length_q, "window": sliding_window, "scale": scaling}
-        made = kernel(*flat, cu_seq_lens_q, dropout=dropout if module.training else 0.0, **more)
+        about = {"length": max_length_q, "window": sliding_window, "scale": scaling}
+        made = kernel(*flat, cu_seq_lens_q, dropout=dropout if module.training else 0.0, **about)
         return made.unflatten(0, (rows, length)), None
 
     AttentionInterface.register(_OWN + name, attend)

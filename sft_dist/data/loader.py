@@ -127,8 +127,8 @@ class Loader:
         for ordinals, blocks in zip(batches, mine, strict=True):
             made, begin = [], at
             for block in blocks:
-                mine = slice(at, at + len(block))
-                made.append(Block(block, rows[mine], int(targets[mine].sum())))
+                here = slice(at, at + len(block))
+                made.append(Block(block, rows[here], int(targets[here].sum())))
                 at += len(block)
             num_tokens, num_targets = int(lengths[begin:at].sum()), int(targets[begin:at].sum())
             steps.append(Step(len(ordinals), num_tokens, num_targets, made, self))
