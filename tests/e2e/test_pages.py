@@ -13,6 +13,7 @@ OWN = {
     "README.md": ("test_readme", 8),
     "docs/tutorial.md": ("test_readme", 13),
     "docs/checkpoints.md": ("test_checkpoints_page", 4),
+    "docs/configuration.md": ("test_configuration_page", 12),
     "docs/data.md": ("test_data_page", 6),
     "docs/large-batches.md": ("test_large_batches_page", 4),
     "docs/plan.md": ("test_plan_page", 3),
