@@ -102,11 +102,11 @@ def _registered(name: str) -> str:
         sliding_window: int | None = None,
         softcap: float | None = None,
         s_aux: torch.Tensor | None = None,
-        **_: Any,
+        **ignored: Any,
     ) -> tuple[torch.Tensor, None]:
         if softcap is not None or s_aux is not None or (dropout and module.training and not has_dropout):
             raise NotImplementedError(f"{name}: has no soft cap, no sinks and, but for by_document, no dropout")
-        rows, _, length, _ = query.shape
+        rows, length = query.shape[0], query.shape[2]
         flat = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
         about = {"length": max_length_q, "window": sliding_window, "scale": scaling}
         made = kernel(*flat, cu_seq_lens_q, dropout=dropout if module.training else 0.0, **about)
