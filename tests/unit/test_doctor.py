@@ -34,6 +34,7 @@ def told(*arguments, code=0):
 
 
 def test_this_machine_is_fit(quick, tmp_path):
+    was_initialized = torch.distributed.is_initialized()
     text = told("--run-dir", tmp_path / "runs" / "deep")
     for words in (
         "  ok  Python ",
@@ -56,7 +57,7 @@ def test_this_machine_is_fit(quick, tmp_path):
         "SLURM",
         "compiler",
     }
-    assert not torch.distributed.is_initialized()
+    assert torch.distributed.is_initialized() == was_initialized, "no process group is started"
 
 
 def by_name(checks):
