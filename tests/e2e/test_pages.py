@@ -13,7 +13,6 @@ OWN = {
     "README.md": ("test_readme", 10),
     "docs/tutorial.md": ("test_readme", 14),
     "docs/report.md": ("test_readme", 3),
-    "docs/configuration.md": ("test_configuration_page", 12),
     "docs/export.md": ("test_hand_over_pages", 7),
     "docs/chat.md": ("test_hand_over_pages", 4),
     "docs/checkpoints.md": ("test_checkpoints_page", 4),
