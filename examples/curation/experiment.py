@@ -49,6 +49,7 @@ Message = dict[str, str]
 def sft_dist(command: str, *arguments: str, log: Path) -> None:
     """`sft-dist prepare` or `sft-dist train`, in a process whose imports are already there; what it says is in `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    log.touch()
     process = STARTED.Process(target=_command, args=(command, arguments, log))
     process.start()
     process.join()

@@ -10,6 +10,7 @@ from tests.e2e.commands import ROOT, clone, run
 
 PAGE = (ROOT / "docs" / "curation.md").read_text()
 MEASURED = json.loads((ROOT / "docs" / "figures" / "curation.json").read_text())
+ROWS = [line for line in PAGE.splitlines() if line.startswith("|") and "±" in line]
 PROGRAM = "python examples/curation/experiment.py"
 
 
@@ -26,7 +27,6 @@ def test_an_arm_of_the_experiment_runs_and_no_sample_repeats_a_held_out_message(
     assert len(sample) == made["messages"]["curated"] * 3 // 4
     assert not {one["text"].casefold() for one in sample} & {one["text"].casefold() for one in held_out}
     assert "40 train" in (folder / "runs/curation/selected-40-0/log.txt").read_text()
-    assert run(f"{PROGRAM} --sizes 40 --seeds 1 --arms selected --json out.json", folder).count("selected") == 1  # done
 
 
 def test_the_figure_is_drawn_from_the_numbers(tmp_path):
@@ -34,12 +34,12 @@ def test_the_figure_is_drawn_from_the_numbers(tmp_path):
     numbers = ROOT / "docs" / "figures" / "curation.json"
     said = run(f"python examples/curation/figure.py {numbers} figure.svg", folder)
     assert (folder / "figure.svg").read_text().count("<path") > 20
-    assert set(said.splitlines()) == {row for row in PAGE.splitlines() if "±" in row}
+    assert said.splitlines() == ROWS
 
 
 def test_the_numbers_of_the_page_are_those_measured():
     """The table is the program's, by the test above; here by a second reckoning, and what else the page tells."""
-    for row in [row.strip("| ").split(" | ") for row in PAGE.splitlines() if "±" in row]:
+    for row in [row.strip("| ").split(" | ") for row in ROWS]:
         size, arm, seeds = int(row[0].replace(",", "")), row[1], int(row[2])
         runs = [one for one in MEASURED["runs"] if (one["size"], one["arm"]) == (size, arm)]
         assert len({one["seed"] for one in runs}) == len(runs) == seeds >= 5

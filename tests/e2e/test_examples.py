@@ -43,7 +43,7 @@ def test_pre_trained_then_fine_tuned_with_no_network(folder):
     text = (
         "examples/wikitext/run.yaml run_dir=text prepare.out=text-shards prepare.seq_len=128 evaluate.samples=0 "
         "train.global_batch_rows=16 train.micro_batch_rows=8 train.max_steps=60 train.learning_rate=5e-3 train.precision=fp32 "
-        "train.gradient_checkpointing=false evaluate.every_steps=25"
+        "train.gradient_checkpointing=false train.beta2=0.999 train.warmup_ratio=0.03 evaluate.every_steps=25"
     )
     run(f"sft-dist prepare {text}", folder)
     run(f"sft-dist train {text} --nproc 2", folder)
