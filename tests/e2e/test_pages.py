@@ -16,6 +16,7 @@ OWN = {
     "docs/export.md": ("test_hand_over_pages", 7),
     "docs/chat.md": ("test_hand_over_pages", 4),
     "docs/checkpoints.md": ("test_checkpoints_page", 4),
+    "docs/configuration.md": ("test_configuration_page", 12),
     "docs/data.md": ("test_data_page", 6),
     "docs/large-batches.md": ("test_large_batches_page", 4),
     "docs/plan.md": ("test_plan_page", 3),
