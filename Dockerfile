@@ -18,6 +18,7 @@ COPY sft_dist sft_dist
 COPY launch launch
 COPY ds_configs ds_configs
 COPY slurm slurm
+COPY examples/presets examples/presets
 RUN python3 -m venv /opt/sft-dist/venv \
     && /opt/sft-dist/venv/bin/pip install --no-cache-dir -c constraints.txt torch numpy \
     && /opt/sft-dist/venv/bin/pip install --no-cache-dir -c constraints.txt ".[data]" \

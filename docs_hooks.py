@@ -37,16 +37,26 @@ def outside(page: str, target: str) -> str | None:
 
 
 def shown_as(path: str) -> str:
-    """The page of a file of the project: Markdown is a page already."""
+    """The page of a file of the project, or of a folder: Markdown is a page already."""
+    if (ROOT / path).is_dir():
+        return f"source/{path}/index.md"
     return f"source/{path}" if path.endswith(".md") else f"source/{path}.md"
+
+
+def content_of(path: str) -> str:
+    """What a file of the project holds; of a folder, a list of its files."""
+    if not (ROOT / path).is_dir():
+        return (ROOT / path).read_text()
+    names = sorted(file.name for file in (ROOT / path).iterdir() if file.is_file())
+    return f"# {path}\n\n" + "".join(f"* [{name}]({path.rpartition('/')[2]}/{name})\n" for name in names)
 
 
 def links(page: str, text: str) -> set[str]:
     """The files of the project, outside docs/, that a page links to."""
     found = {outside(page, target) for target in LINK.findall(text)} - {None}
     for path in found:
-        if not (ROOT / path).is_file():
-            raise PluginError(f"{page} links to {path}, which is no file of this project")
+        if not (ROOT / path).exists():
+            raise PluginError(f"{page} links to {path}, which is not in this project")
     return found
 
 
@@ -63,7 +73,7 @@ def rewrite(page: str, text: str, shown_at: str) -> str:
 
 def page_of(path: str, text: str) -> str:
     """A file as a page that search leaves out."""
-    if path.endswith(".md"):
+    if path.endswith(".md") or (ROOT / path).is_dir():
         return rewrite(path, text, shown_as(path))
     language = LANGUAGES.get(Path(path).suffix, "text")
     return f"---\nsearch: {{exclude: true}}\nhide: [toc]\n---\n# {path}\n\n`````{{.{language} linenums=1}}\n{text}\n`````\n"
@@ -77,9 +87,9 @@ def on_files(files: Files, config) -> Files:
         page, text = waiting.pop()
         for path in links(page, text) - made:
             made.add(path)
-            content = (ROOT / path).read_text()
+            content = content_of(path)
             files.append(File.generated(config, shown_as(path), content=page_of(path, content)))
-            if path.endswith(".md"):
+            if path.endswith(".md") or (ROOT / path).is_dir():
                 waiting.append((path, content))
     return files
 

@@ -173,7 +173,7 @@ def extras() -> Iterator[Check]:
 
     for extra in sorted(set(about.get_all("Provides-Extra") or ()) - _NOT_FOR_USERS):
         of_it = [one for one in map(Requirement, required) if one.marker and one.marker.evaluate({"extra": extra})]
-        of_it = [one for one in of_it if not one.marker.evaluate({"extra": ""})]
+        of_it = [one for one in of_it if one.marker and not one.marker.evaluate({"extra": ""})]
         missing = [one.name for one in of_it if not package(one).works]
         what = ", ".join(sorted(one.name for one in of_it))
         yield Check(

@@ -110,7 +110,8 @@ def look(
     """
     source = _source(path, format)
     rows = _rows(source)
-    names, chosen = tuple(rows[0]) if rows else (), dict(columns or {})
+    names = tuple(rows[0]) if rows else ()
+    chosen: dict[str, Any] = dict(columns or {})
     is_headless = bool(names) and all(isinstance(name, int) for name in names)
     if is_headless:
         chosen = {role: int(name) if name.isdecimal() else name for role, name in chosen.items()}
@@ -235,7 +236,7 @@ def run_file(wish: Wish) -> str:
         task=found.task,
         about=about,
         run_dir=written(folder),
-        said=found.said,
+        said=" ".join(found.said.split()),  # a key of somebody's records may hold a line end
         source=written(found.source),
         validation=None if wish.validation is None else written(found.source | {"path": wish.validation}),
         validation_fraction=prepare["validation_fraction"],
@@ -301,16 +302,14 @@ def wished(options: Options, *, asks: bool) -> Wish:
         raise ConfigError(
             "--data is missing: the file, glob, folder or hf:ID of your records (at a terminal init asks for it)"
         )
-    found = _asked_data(options) if asks else look(options.data, options.task, options.columns, options.format)
+    found = _asked_data(options) if asks else look(options.data or "", options.task, options.columns, options.format)
     chosen, model, run_dir, validation = options.preset, options.model, options.run_dir, options.validation
     if asks and not (chosen or model):
         chosen = click.prompt(f"Model: {', '.join(presets())}, or a hub id or a folder", default=_usual())
         chosen, model = (chosen, None) if chosen in presets() else (None, chosen)
     if asks and validation is None:
-        validation = (
-            click.prompt("Validation file (empty: a share is held out)", default="", show_default=False) or None
-        )
-    if validation is not None:
+        validation = _asked_validation()
+    elif validation is not None:
         files(SourceConfig(path=validation))
     if run_dir is None:
         run_dir = f"runs/{_stem(found.source['path'])}"
@@ -346,6 +345,17 @@ def _asked_task(data: str, options: Options) -> Look:
         for role in _COLUMNS[task]
     }
     return look(data, task, columns, options.format)
+
+
+def _asked_validation() -> str | None:
+    while True:
+        path = click.prompt("Validation file (empty: a share is held out)", default="", show_default=False)
+        try:
+            files(SourceConfig(path=path)) if path else None
+        except DataError as error:
+            click.echo(str(error))
+            continue
+        return path or None
 
 
 def _usual() -> str:

@@ -24,7 +24,7 @@ import yaml
 
 from sft_dist import health
 from sft_dist.answers import Sampling, own_prompts, prompts
-from sft_dist.attention import prove_isolation as _prove
+from sft_dist.attention import choose
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
 from sft_dist.console import Console, confusion_table
@@ -39,12 +39,13 @@ from sft_dist.errors import CheckpointError, ConfigError, DataError, DivergedErr
 from sft_dist.evaluate import Evaluator, Sources, forgetting, held_out, open_shards
 from sft_dist.files import first_free
 from sft_dist.identity import ALLOWANCES, STREAM, changes
+from sft_dist.kernels import candidates, draws_dropout
 from sft_dist.labels import LabelTask
 from sft_dist.ledger import Ledger
 from sft_dist.limits import EarlyStopping, Verdict
 from sft_dist.metrics import JsonLines, Metrics, read_lines
 from sft_dist.mlflow_sink import MLflow
-from sft_dist.model import build, has_dropout, model_config
+from sft_dist.model import build, has_dropout, model_config, without_attention_dropout
 from sft_dist.reproduce import ENVIRONMENT
 from sft_dist.retention import Retention
 from sft_dist.rollback import rolled_back, targets
@@ -81,6 +82,8 @@ def model(plan: Plan, *, with_weights: bool = True) -> tuple[Any, Any]:
         config.model, vocab_size=manifest.vocab_size, seq_len=plan.shards.seq_len, eos_id=manifest.eos_id
     )
     wanted = config.model if with_weights else config.model.model_copy(update={"init": "scratch"})
+    if config.model.dropout is None and not draws_dropout(kernel_names(plan)[0]):
+        without_attention_dropout(made)
     built = build(wanted, made, seed=config.train.seed, gradient_checkpointing=config.train.gradient_checkpointing)
     return built, made
 
@@ -205,17 +208,31 @@ def full_micro_batch(plan: Plan, device: torch.device) -> MicroBatch:
         2, shape[1] // 2
     )  # two documents: a mask is made
     sets = torch.zeros(shape[0], dtype=torch.int64, device=device)
-    return MicroBatch(tokens, targets, positions, torch.zeros_like(tokens), np.arange(shape[0]), 0, sets)
-
-
-def prove_isolation(plan: Plan, engine: Engine, made: Any) -> float:
-    """Packed documents cannot see each other, on this model, kernel, precision and device; or ModelError."""
-    return _prove(
-        engine.logits,
-        plan.shards.manifest.vocab_size,
-        is_16_bit=plan.config.train.precision != "fp32",
-        kernel=getattr(made, "_attn_implementation", None) or "default",
+    num_targets = shape[0] * (shape[1] - 1)
+    return MicroBatch(
+        tokens, targets, positions, torch.zeros_like(tokens), np.arange(shape[0]), 0, num_targets, 2 * shape[0], sets
     )
+
+
+def prove(plan: Plan, engine: Engine, made: Any) -> str:
+    """Packed documents cannot see each other, on this model, kernel, precision and device, or ModelError; and the head is right."""
+    vocab_size, is_16_bit = plan.shards.manifest.vocab_size, plan.config.train.precision != "fp32"
+    kernel, moved, passed_over = choose(
+        kernel_names(plan), engine.use_kernel, engine.logits, vocab_size, is_16_bit=is_16_bit
+    )
+    if plan.config.train.attention not in ("auto", kernel):
+        raise ConfigError(f"train.attention: {passed_over[0]}. Use auto, or sdpa, which every model has")
+    head = engine.head.check(engine.scores, engine.logits, vocab_size, is_16_bit=is_16_bit)
+    told = f"attention {kernel!r}: packed documents kept apart (logits move {moved:.0e}); {head}"
+    return "\n".join([told, *(f"note: {line}" for line in passed_over)])
+
+
+def kernel_names(plan: Plan) -> list[str]:
+    """Kernels of attention to be tried, the truth last; the run file's own one alone before it."""
+    wanted, is_16_bit = plan.config.train.attention, plan.config.train.precision != "fp32"
+    if wanted == "auto":
+        return candidates("cuda" if torch.cuda.is_available() else "cpu", is_16_bit=is_16_bit)
+    return ["sdpa"] if wanted == "sdpa" else [wanted, "sdpa"]
 
 
 def resume(plan: Plan, checkpoints: Checkpoints, engine: Engine) -> tuple[TrainState, str]:
@@ -358,11 +375,11 @@ def metrics(
     console = Console(total_steps, state.step, sys.stdout)
     truth = JsonLines(path, state.step)
     kept = read_lines(path)
-    sinks = (
+    sinks: tuple[Any, ...] = (
         truth,
         TensorBoard(plan.run_dir / "tensorboard", kept),
-        *_services(plan, path, is_going_back=is_going_back),
         console,
+        *_services(plan, path, is_going_back=is_going_back),
     )
     made = Metrics(sinks, lambda: budget.numbers, state.step, state.target_tokens)
     config = plan.config.model_dump(mode="json", by_alias=True)
@@ -423,7 +440,9 @@ def journal(plan: Plan) -> Journal | None:
     if not plan.topology.is_main:
         return None
     began = plan.life.began or time.time()
-    return Journal(plan.run_dir / USAGE, plan.life.name, plan.topology.world_size, began).start()
+    told = max((line.get("gpu_hours", 0.0) for line in read_lines(plan.run_dir / "metrics.jsonl")), default=0.0)
+    path = plan.run_dir / USAGE
+    return Journal(path, plan.life.name, plan.topology.world_size, began, told_gpu_seconds=told * 3600).start()
 
 
 def bad_steps(plan: Plan) -> BadSteps:

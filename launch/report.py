@@ -17,7 +17,7 @@ def run(folders: Sequence[Path], out: Path | None, pictures: Path | None, say: C
 
     Raises ConfigError for folders that hold no run, and for what cannot be written.
     """
-    runs = read_runs(folders, [slurm.holder(folder) is not None for folder in folders])
+    runs = read_runs(folders, [is_running(folder) for folder in folders])
     drawn = charts(runs)
     if pictures is not None:
         try:
@@ -39,3 +39,12 @@ def run(folders: Sequence[Path], out: Path | None, pictures: Path | None, say: C
     say(f"{target}: {target.stat().st_size / 1000:,.0f} kB; open it in a browser")
     if pictures is not None:
         say(f"{pictures}: {len(drawn)} charts, each for light and for dark ground")
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process of this machine or a job of its cluster trains the run, as far as that can be seen from here."""
+    try:
+        jobs = slurm.live_jobs(folder)
+    except ConfigError:  # SLURM does not answer: a report does not need it
+        jobs = []
+    return slurm.holder(folder) is not None or any(about.get("JobState") == "RUNNING" for _, about in jobs)

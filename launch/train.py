@@ -188,8 +188,8 @@ def _train(
     beat("build the engine")
     count = parts.count(model)
     engine = parts.engine(plan, model, device)
-    beat("prove isolation")
-    moved = parts.prove_isolation(plan, engine, made)
+    beat("prove isolation and head")
+    proven = parts.prove(plan, engine, made)
     if device.type == "cuda":  # where there is none, memory that runs out is no error that could be caught
         beat("dry step")
         fit.dry_step(plan, engine, parts.full_micro_batch(plan, device))
@@ -200,7 +200,7 @@ def _train(
     speed = rehearse(checkpoints, engine.fragments)
     metrics, say = parts.metrics(plan, state, total, budget)
     for line in [
-        f"{plan.describe()}\nmodel: {count:,} parameters; packed documents kept apart (logits move {moved:.0e})",
+        f"{plan.describe()}\nmodel: {count:,} parameters; {proven}",
         resumed_from,
         f"a checkpoint: {size / 1e6:,.1f} MB, {size / speed:,.2f} s at the {speed / 1e9:.2f} GB/s of {checkpoints.folder}",
         *healthy,

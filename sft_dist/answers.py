@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from sft_dist.attention import Forward
 from sft_dist.comms import Comms
 from sft_dist.data.build import is_text_in, template_in
 from sft_dist.data.records import Conversation, Turn
@@ -19,6 +18,7 @@ from sft_dist.data.template import Template
 from sft_dist.data.tokenise import Tokenizer, prompt_ids
 from sft_dist.data.work import template_for
 from sft_dist.errors import DataError
+from sft_dist.head import Forward
 from sft_dist.schema import RunConfig
 
 
@@ -135,9 +135,10 @@ def answers(
     going = [number for number, row in enumerate(rows) if len(row) < limits[number]]
     while going:
         tokens = pad_sequence([torch.tensor(rows[number]) for number in going], batch_first=True)
-        logits = forward(tokens, torch.arange(tokens.shape[1]).repeat(len(going), 1))
-        lasts = [len(rows[number]) - 1 for number in going]
-        chosen = comms.broadcast(logits[range(len(going)), lasts].argmax(dim=-1).tolist())
+        lasts = [at * tokens.shape[1] + len(rows[number]) - 1 for at, number in enumerate(going)]
+        places = torch.tensor(lasts)
+        scores = forward(tokens, torch.arange(tokens.shape[1]).repeat(len(going), 1), places, torch.zeros_like(places))
+        chosen = comms.broadcast(scores.best.tolist())
         left = []
         for number, token in zip(going, chosen, strict=True):
             if token not in end_ids:

@@ -6,7 +6,7 @@ the kernel at hand before the first step of every run, never assumed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -25,19 +25,24 @@ def packed_logits(model: torch.nn.Module, tokens: torch.Tensor, positions: torch
     return model(input_ids=tokens, position_ids=positions, use_cache=False).logits
 
 
+def _packed_rows(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, positions) of two rows of three documents each, int64 [2, 21]."""
+    row = torch.randint(vocab_size, (2, sum(_LENGTHS)), generator=torch.Generator().manual_seed(0))
+    positions = torch.stack(
+        [torch.cat([torch.arange(length) for length in lengths]) for lengths in (_LENGTHS, _LENGTHS[::-1])]
+    )
+    return row, positions
+
+
 def leak(forward: Forward, vocab_size: int) -> tuple[float, float]:
     """How far the logits of a document move when its neighbours change, and when it is alone: (perturbed, separate).
 
     `forward` maps (tokens, positions) to logits, in evaluation mode. Both numbers are relative to the largest logit and
     are rounding (about 1e-6 in fp32) for a model that isolates documents.
     """
-    generator = torch.Generator().manual_seed(0)
-    row = torch.randint(vocab_size, (2, sum(_LENGTHS)), generator=generator)
-    positions = torch.stack(
-        [torch.cat([torch.arange(length) for length in lengths]) for lengths in (_LENGTHS, _LENGTHS[::-1])]
-    )
+    row, positions = _packed_rows(vocab_size)
     middle = slice(_LENGTHS[0], _LENGTHS[0] + _LENGTHS[1])
-    changed = torch.randint(vocab_size, row.shape, generator=generator)
+    changed = torch.randint(vocab_size, row.shape, generator=torch.Generator().manual_seed(1))
     changed[0, middle] = row[0, middle]  # everything else is other text, the second row as well
 
     whole = forward(row, positions)[:1, middle].float()
@@ -60,3 +65,41 @@ def prove_isolation(forward: Forward, vocab_size: int, *, is_16_bit: bool, kerne
             f"largest (allowed {tolerance:.0e}). Use a model or an attention kernel that honours position_ids restarts"
         )
     return moved
+
+
+def choose(
+    names: Sequence[str],
+    use: Callable[[str], None],
+    forward: Forward,
+    vocab_size: int,
+    *,
+    is_16_bit: bool,
+) -> tuple[str, float, list[str]]:
+    """Put the first kernel to use that is proven; returns its name, how far logits move, and why others were passed over.
+
+    `names`: the fastest first; the last one is the truth, by which the others are measured: logits of packed rows must be equal to
+    its to rounding (a soft cap or a sliding window could be forgotten without a leak). `use` makes the model call a kernel.
+    Raises ModelError where none of them keeps documents apart.
+    """
+    truth_name, tolerance, passed_over = names[-1], 3e-2 if is_16_bit else 1e-3, []
+    use(truth_name)
+    truth = forward(*_packed_rows(vocab_size)).float() if len(names) > 1 else torch.empty(0)
+    for name in names[:-1]:
+        try:
+            use(name)
+            off = (forward(*_packed_rows(vocab_size)).float() - truth).abs().max() / truth.abs().max().clamp_min(1e-6)
+            moved = max(off.item(), *leak(forward, vocab_size))
+        except (
+            RuntimeError,
+            ImportError,
+            ValueError,
+            TypeError,
+            KeyError,
+        ) as error:  # a kernel that is not made for this GPU or model
+            passed_over.append(f"attention {name!r} cannot be used: {str(error).splitlines()[0]}")
+            continue
+        if moved <= tolerance:
+            return name, moved, passed_over
+        passed_over.append(f"attention {name!r} is wrong for this model: logits move by {moved:.1e} of the largest")
+    use(truth_name)
+    return truth_name, prove_isolation(forward, vocab_size, is_16_bit=is_16_bit, kernel=truth_name), passed_over

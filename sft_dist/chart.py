@@ -297,7 +297,7 @@ def write_png(chart: Chart, path: Path, *, is_dark: bool = False) -> None:
             (made,) = axes.plot(
                 *zip(*part, strict=True),
                 color=colour,
-                label="_" if is_faint or label is None else label,
+                label="_" if is_faint else label,
                 linewidth=0.8 if is_faint else 1.8,
                 alpha=0.3 if is_faint else 1.0,
                 marker="o" if has_dots else None,
@@ -307,7 +307,7 @@ def write_png(chart: Chart, path: Path, *, is_dark: bool = False) -> None:
             )
             if dash and not is_faint:
                 made.set_dashes(dash)
-            label = None
+            label = "_"
     for mark in chart.marks:
         axes.axvline(mark.x, color=soft, linewidth=0.8, linestyle=(0, (1, 3)))
     axes.set_xlim(*chart.x_range())

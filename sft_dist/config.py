@@ -58,7 +58,9 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such run file; name an existing one, such as {_EXAMPLE}") from None
+        raise ConfigError(
+            f"{path}: no such run file; name an existing one, such as {_EXAMPLE}, or write one: sft-dist init"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); name a YAML run file such as {_EXAMPLE}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: 2026-02-30

@@ -19,14 +19,14 @@ import torch
 
 from sft_dist import document_losses
 from sft_dist.answers import Sampling
-from sft_dist.attention import Forward
+from sft_dist.attention import packed_logits
 from sft_dist.comms import Comms
 from sft_dist.data.loader import Loader, MicroBatch
 from sft_dist.data.mixture import Joined
 from sft_dist.data.shards import Shards
 from sft_dist.errors import DataError
+from sft_dist.head import Forward, Head, Scores, scores_at, targets_at
 from sft_dist.labels import LabelTask, confusion, label_metrics, label_scores
-from sft_dist.loss import target_log_probs
 from sft_dist.metrics import Metrics
 from sft_dist.topology import Topology
 
@@ -153,9 +153,9 @@ def _perplexity(loss: float) -> float:
 
 
 def _log_probs(forward: Forward, batch: MicroBatch) -> torch.Tensor:
-    """Log-probabilities of a micro-batch's targets on the host; the logits never leave their device."""
-    logits = forward(batch.tokens, batch.positions)
-    return target_log_probs(logits, batch.tokens.to(logits.device), batch.targets.to(logits.device)).cpu()
+    """Log-probabilities of a micro-batch's targets on the host; no logits are kept."""
+    places, labels = targets_at(batch.tokens, batch.targets, batch.num_targets)
+    return forward(batch.tokens, batch.positions, places, labels).log_probs[: batch.num_targets].cpu()
 
 
 class Evaluator:
@@ -271,13 +271,17 @@ def same_tokenizer(shards: Shards | Joined, fingerprint: str, model: str) -> Non
 
 
 def alone(model: Any, device: torch.device) -> tuple[Forward, Comms]:
-    """A plain model as a function of (tokens, positions), and the world of one that it lives in."""
-    from sft_dist.attention import packed_logits
-
+    """A plain model as a function, and the world of one that it lives in."""
     model = model.to(device).eval()
+    head = Head(model)
 
     @torch.no_grad()
-    def forward(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(*batch: torch.Tensor) -> Scores:
+        return scores_at(model, *(part.to(device) for part in batch))
+
+    @torch.no_grad()
+    def logits(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return packed_logits(model, tokens.to(device), positions.to(device))
 
+    head.check(forward, logits, model.config.vocab_size, is_16_bit=model.dtype != torch.float32)
     return forward, Comms(Topology(), device)

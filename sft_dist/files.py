@@ -238,8 +238,12 @@ def publish(staged: Path, final: Path) -> None:
 def publish_text(path: Path, text: str) -> None:
     """Write a small file that others read, whole or not at all; more than one process may have the last word."""
     staged = path.with_name(f".{path.name}-{os.getpid()}.partial")
-    staged.write_text(text)
-    publish(staged, path)
+    try:
+        staged.write_text(text)
+        publish(staged, path)
+    except BaseException:  # no room, or Ctrl-C
+        staged.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(path: Path) -> None:

@@ -150,11 +150,11 @@ GLOSSARY = {
         "Once a life, and small beside the rest of it.",
     ),
     "data_seconds": Metric(
-        "time/data_seconds", "s", "since the last log line", "The steps waited for the plan of their rows.",
+        "time/data_seconds", "s", "since the last log line", "Waiting for rows to be read, before a step and before each of its micro-batches.",
         "Next to nothing.",
     ),
     "compute_seconds": Metric(
-        "time/compute_seconds", "s", "since the last log line", "Forward and backward passes, updates, and reading rows between them.",
+        "time/compute_seconds", "s", "since the last log line", "Forward and backward passes, gradients between ranks, updates.",
         "Almost all of the time.",
     ),
     "wait_seconds": Metric(

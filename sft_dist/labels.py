@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from sft_dist.attention import Forward
 from sft_dist.comms import Comms
 from sft_dist.data.loader import Loader
 from sft_dist.data.shards import Shards
-from sft_dist.loss import target_log_probs
+from sft_dist.head import Forward, targets_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +69,12 @@ def label_scores(forward: Forward, task: LabelTask, comms: Comms, *, micro_batch
     likelihoods = torch.zeros(len(task.truth), len(task.labels), dtype=torch.float64)
     misses, truth = torch.zeros(len(task.truth), dtype=torch.float64), torch.from_numpy(task.truth)
     for batch in loader.sweep().micro_batches:
-        logits = forward(batch.tokens, batch.positions)
+        places, right = targets_at(batch.tokens, batch.targets, batch.num_targets)
+        scores = forward(batch.tokens, batch.positions, places, right)
         if len(batch.rows) == 0:  # this rank only kept the others company
             continue
-        log_probs, is_greedy = _of_targets(logits, batch.tokens, batch.targets)
+        log_probs, is_greedy = scores.log_probs.cpu(), scores.best.cpu() == right
+        log_probs, is_greedy = log_probs[: batch.num_targets], is_greedy[: batch.num_targets]
         documents = batch.documents.numpy() + first_document[batch.rows][:, None]
         found = task.candidates[documents[:, 1:][batch.targets[:, 1:].numpy()]]
         records, labels = torch.from_numpy(found[:, 0]), torch.from_numpy(found[:, 1])
@@ -81,14 +82,6 @@ def label_scores(forward: Forward, task: LabelTask, comms: Comms, *, micro_batch
         is_miss = (labels == truth[records]) & ~is_greedy
         misses.index_put_((records,), is_miss.double(), accumulate=True)
     return LabelScores(comms.sum_tensor(likelihoods).numpy(), comms.sum_tensor(misses).numpy() == 0)
-
-
-def _of_targets(logits: torch.Tensor, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-probability, whether it is the greedy choice) of each target token, on the host: fp32 and bool [targets]."""
-    tokens, targets = tokens.to(logits.device), targets.to(logits.device)
-    wanted = targets[:, 1:]
-    is_greedy = logits[:, :-1][wanted].argmax(dim=-1) == tokens[:, 1:][wanted]
-    return target_log_probs(logits, tokens, targets).cpu(), is_greedy.cpu()
 
 
 def label_metrics(truth: np.ndarray, predicted: np.ndarray, *, num_labels: int, positive: int) -> dict[str, float]:

@@ -94,7 +94,7 @@ def _place(parameter: Any, optimizer: Any, adam: Any, rank: int) -> tuple[torch.
 def _adam_state(adam: torch.optim.Optimizer, owner: torch.Tensor) -> dict[str, torch.Tensor]:
     state = adam.state[owner]
     if not state:
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.tensor(0.0, device=owner.device)
         state.update({key: torch.zeros_like(owner, requires_grad=False) for key in MOMENTS})
     return state
 
@@ -107,7 +107,7 @@ def adam_step(adam: torch.optim.Optimizer) -> int:
 def set_adam_step(adam: torch.optim.Optimizer, step: int) -> None:
     """Give every state a count of its own: shared ones would be incremented several times a step."""
     for state in filter(None, adam.state.values()):  # an empty one is made by the first step, with moments
-        state["step"] = torch.tensor(float(step))
+        state["step"] = torch.tensor(float(step), device=state["exp_avg"].device)
 
 
 def refresh_weights(optimizer: Any, adam: torch.optim.Optimizer) -> None:

@@ -10,19 +10,15 @@ def target_log_probs(logits: torch.Tensor, tokens: torch.Tensor, targets: torch.
     """Log-probability of each target token given what stands before it, in fp32, in reading order.
 
     `logits`: [rows, seq_len, vocab]; `tokens`: int64 [rows, seq_len]; `targets`: bool [rows, seq_len].
-    Returns fp32 [number of targets]. The shift by one happens here and only here; the first token of a row is predicted
-    by nothing and is never a target.
+    Returns fp32 [number of targets]. What a run learns is defined here; `sft_dist.head` gives the same without all logits. The
+    first token of a row is predicted by nothing and is never a target.
 
     >>> logits = torch.zeros(1, 3, 4)
     >>> target_log_probs(logits, torch.tensor([[1, 2, 3]]), torch.tensor([[False, False, True]])).exp()
     tensor([0.2500])
     """
-    return log_probs_at(logits, tokens, *targets[:, 1:].nonzero(as_tuple=True))
-
-
-def log_probs_at(logits: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """The same for targets that are known by number, int64 [number of targets] each: token `places + 1` of row `rows`."""
-    return -F.cross_entropy(logits[:, :-1][rows, places].float(), tokens[:, 1:][rows, places], reduction="none")
+    is_next = targets[:, 1:]  # the shift by one
+    return -F.cross_entropy(logits[:, :-1][is_next].float(), tokens[:, 1:][is_next], reduction="none")
 
 
 def sums_by_set(log_probs: torch.Tensor, targets: torch.Tensor, sets: torch.Tensor, num_sets: int) -> torch.Tensor:

@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
-from sft_dist.attention import packed_logits
-from sft_dist.loss import log_probs_at
+from sft_dist.head import Head, num_places, part_places, scores_at
 from sft_dist.model import build
 from sft_dist.schema import ModelConfig
 
@@ -140,13 +139,14 @@ def layers_of(model: torch.nn.Module, made: PretrainedConfig) -> list[torch.nn.M
 def trace(
     config: ModelConfig, made: PretrainedConfig, *, rows: int, seq_len: int, precision: str, checkpointing: bool
 ) -> Traced:
-    """The activations of a micro-batch of `rows` rows of `seq_len` tokens, every token a target."""
+    """The activations of a micro-batch of `rows` rows of `seq_len` tokens, every token a target, as they are on a GPU."""
     with FakeTensorMode(), Live(made.vocab_size) as live:
         scratch = config.model_copy(update={"init": "scratch"})
         model = build(scratch, made, seed=0, gradient_checkpointing=checkpointing, dtype=DTYPES[precision]).train()
         tokens = torch.zeros(rows, seq_len, dtype=torch.int64)
         positions = torch.arange(seq_len).expand(rows, seq_len)
-        places = torch.zeros(rows * (seq_len - 1), dtype=torch.int64)
+        places = torch.zeros(num_places(rows * (seq_len - 1)), dtype=torch.int64)
+        Head(model, part_places(made.vocab_size, "cuda"))
         before = live.bytes
         live.restart()
         gradients: list[Gradient] = []
@@ -161,10 +161,7 @@ def trace(
 
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(take)
-        logits = packed_logits(model, tokens, positions)
-        loss = -log_probs_at(logits, tokens, torch.zeros_like(places), places).sum()
-        del logits
-        loss.backward()
+        scores_at(model, tokens, positions, places, places).loss.backward()
     return Traced(gradients[0].peak, tuple(gradients))
 
 
@@ -225,20 +222,20 @@ def _kept(size: Size, section: Mapping[str, Any], world_size: int, precision: st
     buffers = 2 if section.get("overlap_comm") else 1  # one is reduced while the other is filled
     reduce = 4 + c if c == 2 else 4  # an element: flattened, and in fp32 whatever the gradients are in
     if stage == 0:
-        return _Kept(4 * all_, 4 * all_, 8 * all_, in_step=4 * all_)
+        return _Kept(4 * all_, 4 * all_, 8 * all_)
     if (
         stage == 1 and precision == "bf16"
     ):  # BF16_Optimizer: the gradients of all in fp32, and the model's own beside them
-        return _Kept(2 * all_, (4 + 2) * all_, 12 * own, in_step=max(8 * own, 4 * min(all_, bucket)))
+        return _Kept(2 * all_, (4 + 2) * all_, 12 * own, in_step=4 * min(all_, bucket))
     if stage == 1:
-        return _Kept(c * all_, 4 * all_, 12 * own, always=4 * bucket * buffers, to_reduce=reduce, in_step=8 * own)
+        return _Kept(c * all_, 4 * all_, 12 * own, always=4 * bucket * buffers, to_reduce=reduce)
     if stage == 2:
         gradients = 4 * own if c == 2 else 4 * max(own, size.largest)
-        kept = _Kept(c * all_, gradients, 12 * own, bucket=c * bucket * buffers, to_reduce=reduce, in_step=8 * own)
+        kept = _Kept(c * all_, gradients, 12 * own, bucket=c * bucket * buffers, to_reduce=reduce)
     else:
         live = min(all_, section.get("stage3_max_live_parameters", 1_000_000_000))
         group = min(own, section.get("sub_group_size", 1_000_000_000))
-        kept = _Kept(c * own, 4 * own, 12 * own, always=4 * bucket * buffers, gathered=c * live, in_step=12 * group)
+        kept = _Kept(c * own, 4 * own, 12 * own, always=4 * bucket * buffers, gathered=c * live, in_step=4 * group)
     if "offload_optimizer" in section:
         host = kept.optimizer + 2 * 4 * own + c * own  # a second copy of the gradients, and pinned weights
         kept = replace(kept, gradients=0.0, optimizer=0.0, in_step=0.0, host=host)

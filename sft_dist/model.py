@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from sft_dist.errors import ModelError
 from sft_dist.schema import ModelConfig
+
+_log = logging.getLogger("sft_dist")
 
 # The names transformers' families give their dropouts.
 _DROPOUTS = (
@@ -93,6 +96,18 @@ def build(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model
+
+
+def without_attention_dropout(made: PretrainedConfig) -> None:
+    """For kernels that draw none: attention weights are not dropped, the other dropouts stay."""
+    for name in ("attn_pdrop", "attention_dropout"):
+        if getattr(made, name, 0):
+            _log.warning(
+                "note: model.%s %g becomes 0: the attention kernel draws none; set model.dropout to keep it",
+                name,
+                getattr(made, name),
+            )
+            setattr(made, name, 0.0)
 
 
 def has_dropout(made: PretrainedConfig) -> bool:

@@ -34,7 +34,8 @@ class PhaseClock:
     """
 
     def __init__(self, already: float = 0.0, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock, self._lapped = clock, {}
+        self._clock = clock
+        self._lapped: dict[str, float] = {}
         # replaced as a whole: another thread may ask for the totals
         self._now: tuple[str, float, dict[str, float]] = ("start_up", clock(), {"start_up": already})
 
@@ -65,7 +66,8 @@ def lost_work(lines: Iterable[Mapping[str, Any]], step: int) -> tuple[int, dict[
     >>> lost_work(lines, 3), lost_work(lines, 4)
     ((1, {'compute': 2.5}), (0, {}))
     """
-    steps, seconds, before = 0, {}, 0
+    steps, before = 0, 0
+    seconds: dict[str, float] = {}
     for line in sorted((line for line in lines if "loss" in line), key=lambda line: line["step"]):
         lost = line["step"] - max(step, before)
         if lost > 0:

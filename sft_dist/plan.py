@@ -13,6 +13,7 @@ from sft_dist.depth import traced
 from sft_dist.errors import ConfigError, ModelError
 from sft_dist.flops import flops_per_row, matmul_parameters
 from sft_dist.gpus import GIB, Gpu
+from sft_dist.head import part_places
 from sft_dist.memory import Parts, Size, Traced, parts
 from sft_dist.schema import ModelConfig
 
@@ -42,7 +43,7 @@ class Model:
     meta: torch.nn.Module
     seq_len: int
     precision: str
-    _traced: dict[bool, tuple[Traced, Traced]] = field(default_factory=dict)  # of one row, and of two
+    _traced: dict[tuple[int, bool], Traced] = field(default_factory=dict)  # by rows and recomputation
 
     def __post_init__(self) -> None:
         self.size = Size.of(self.meta)
@@ -59,16 +60,23 @@ class Model:
                 f"model: {self.made.model_type} is a mixture of experts: what it takes depends on where its tokens are sent, and is not "
                 "planned. Give train.micro_batch_rows a number, and see"
             )
-        if checkpointing not in self._traced:
+        alive = self._trace(rows, checkpointing)
+        return parts(self.size, alive, zero, world_size=world_size, precision=self.precision)
+
+    def _trace(self, rows: int, checkpointing: bool) -> Traced:
+        """Row for row the same is added, once there are so many that the head takes their logits in parts."""
+        enough = -(-part_places(self.made.vocab_size, "cuda") // self.seq_len)
+        if rows > enough + 1:
+            few, more = (self._trace(count, checkpointing) for count in (enough, enough + 1))
+            return few.grown(more, rows - enough + 1)
+        if (rows, checkpointing) not in self._traced:
             names: dict[str, Any] = {
                 "seq_len": self.seq_len,
                 "precision": self.precision,
                 "checkpointing": checkpointing,
             }
-            one, two = (traced(self.config, self.made, self.meta, rows=count, **names) for count in (1, 2))
-            self._traced[checkpointing] = one, two
-        one, two = self._traced[checkpointing]
-        return parts(self.size, one.grown(two, rows), zero, world_size=world_size, precision=self.precision)
+            self._traced[rows, checkpointing] = traced(self.config, self.made, self.meta, rows=rows, **names)
+        return self._traced[rows, checkpointing]
 
     def largest(
         self, zero: Mapping[str, Any], gpu: Gpu, *, world_size: int, rows_per_rank: int, checkpointing: bool

@@ -31,7 +31,7 @@ def weights_digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
     >>> weights_digest([("a", torch.zeros(2)), ("b", torch.ones(1))]) == weights_digest([("b", torch.ones(1)), ("a", torch.zeros(2))])
     True
     """
-    return digest_of({name: digest_of_block(memoryview(_bytes(values))) for name, values in weights})
+    return digest_of({name: digest_of_block(_bytes(values).data) for name, values in weights})
 
 
 def _bytes(values: torch.Tensor) -> np.ndarray:

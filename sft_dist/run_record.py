@@ -15,15 +15,15 @@ import yaml
 
 from sft_dist.chart import MOST_LINES
 from sft_dist.errors import ConfigError
+from sft_dist.glossary import metric
 from sft_dist.goodput import Span, goodput, spans, time_by_part
 from sft_dist.limits import Verdict
-from sft_dist.metrics import tag
 from sft_dist.retention import list_folders
 from sft_dist.schema import money
 from sft_dist.spikes import BAD_ROWS
 from sft_dist.usage import USAGE, gpu_seconds, read_usage
 
-_NOT_SCALARS = {"step", "samples", "confusion"}
+_NOT_SCALARS = {"step", "at", "samples", "confusion", "document_losses", "config"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +158,11 @@ def _metrics(path: Path, notes: list[str]) -> tuple[dict, dict, tuple[int, dict[
         for name, value in line.items():
             if name in _NOT_SCALARS:
                 continue
-            if tag(name) is None:
+            if metric(name) is None:
                 unknown.add(name)
             elif type(value) in (int, float) and math.isfinite(value):
                 points = found.setdefault(name, {})
-                repeated |= {step} if step in points else set()
+                repeated |= {step} if name == "loss" and step in points else set()
                 points[step] = value
     if bad:
         notes.append(f"{bad:,} damaged {'line' if bad == 1 else 'lines'} of metrics.jsonl left out.")

@@ -61,7 +61,7 @@ class SourceConfig(Section):
     """Configuration of an `hf:` dataset."""
     split: str = "train"
     """Split of an `hf:` dataset."""
-    license: str | None = None
+    license: str | None = Field(default=None, examples=["cc-by-4.0"])
     """Licence of the records, as `cc-by-4.0`: told on the model card of an export; the rows do not depend on it."""
 
 
@@ -198,7 +198,7 @@ class ModelConfig(Section):
     """Default: `pretrained` with `name_or_path`, `scratch` with `config`."""
     dropout: Float | None = Field(default=None, ge=0.0, lt=1.0, examples=[0.1])
     """Sets every dropout of the model; default: 0 from scratch, what its config says when pre-trained."""
-    license: str | None = None
+    license: str | None = Field(default=None, examples=["apache-2.0"])
     """Licence that the trained model is given away under, as `apache-2.0`: told on the model card of an export."""
 
     @model_validator(mode="after")
@@ -270,6 +270,8 @@ class TrainConfig(Section):
     """Clip the global gradient norm to this; null: no clipping."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Compute precision; masters, accumulation and reduction are fp32 always. fp16 (GPU only) scales the loss by itself."""
+    attention: Literal["auto", "sdpa", "varlen", "by_document", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Kernel for packed rows; `auto`: the fastest one here that is proven at the start. All but sdpa do no work between documents."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     seed: int = Field(default=0, ge=0)
@@ -434,13 +436,16 @@ class BudgetConfig(Section):
 class WandbConfig(Section):
     """Weights & Biases; needs the extra `sft-dist[wandb]`, and `wandb login` or WANDB_API_KEY."""
 
-    project: str
-    entity: str | None = None
+    project: str = Field(examples=["sms"])
+    """Made where there is none of that name."""
+    entity: str | None = Field(default=None, examples=["my-team"])
     """Team or user; null: the one that is logged in."""
-    run_name: str | None = None
-    group: str | None = None
+    run_name: str | None = Field(default=None, examples=["first"])
+    """What the run is called there."""
+    group: str | None = Field(default=None, examples=["learning-rates"])
     """Runs of a group are shown together."""
-    tags: list[str] = []
+    tags: list[str] = Field(default=[], examples=[["gpt2", "spam"]])
+    """Words that the run is found by."""
     mode: Literal["online", "offline"] = "online"
     """`offline` writes to `RUN_DIR/services/wandb`, for `wandb sync` from where there is a network."""
 
@@ -448,20 +453,21 @@ class WandbConfig(Section):
 class MlflowConfig(Section):
     """MLflow; needs the extra `sft-dist[mlflow]`."""
 
-    experiment: str
+    experiment: str = Field(examples=["sms"])
     """Made where there is none of that name."""
-    tracking_uri: str | None = None
+    tracking_uri: str | None = Field(default=None, examples=["http://mlflow.example:5000"])
     """As in `http://mlflow.example:5000` or `sqlite:///mlflow.db`; null: what MLFLOW_TRACKING_URI says."""
-    run_name: str | None = None
+    run_name: str | None = Field(default=None, examples=["first"])
+    """What the run is called there."""
 
 
 class LoggingConfig(Section):
     """Where the metrics go besides metrics.jsonl, TensorBoard and the console. Keys and passwords never stand here."""
 
-    wandb: WandbConfig | None = None
-    """As in `{project: sms}`."""
-    mlflow: MlflowConfig | None = None
-    """As in `{experiment: sms}`."""
+    wandb: WandbConfig | None = Field(default=None, examples=[{"project": "sms"}])
+    """Weights & Biases."""
+    mlflow: MlflowConfig | None = Field(default=None, examples=[{"experiment": "sms"}])
+    """MLflow."""
 
 
 class MixtureConfig(Section):
@@ -473,7 +479,7 @@ class MixtureConfig(Section):
     """Share of the tokens, in any unit: 3.0 beside 1.0 is three quarters."""
     name: str | None = Field(default=None, pattern=r"^[\w.-]+$", examples=["chat"])
     """What its metrics are called (`loss/NAME`); default: the folder's name, or of `x/shards` the name `x`."""
-    license: str | None = None
+    license: str | None = Field(default=None, examples=["cc-by-4.0"])
     """Licence of its records: told on the model card of an export."""
 
     @property
@@ -490,23 +496,25 @@ class MixtureConfig(Section):
 class ReproducesConfig(Section):
     """What a run of this file must reach: `export` writes it into `reproduce.yaml`, `train` and `verify` compare with it."""
 
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, examples=[1200])
     """The step that was exported."""
-    world_size: int = Field(ge=1)
+    world_size: int = Field(ge=1, examples=[8])
     """Processes that trained it: with as many, and the same versions and hardware, the weights are the same to the bit."""
-    zero: dict[str, Any]
+    zero: dict[str, Any] = Field(examples=[{"zero_optimization": {"stage": 2}}])
     """What the DeepSpeed file said."""
-    environment: dict[str, str] = {}
+    environment: dict[str, str] = Field(default={}, examples=[{"device": "no GPU"}])
     """Versions and hardware that trained it."""
-    identity: dict[str, Any]
+    identity: dict[str, Any] = Field(examples=[{"seed": 0}])
     """Fingerprints of the model, the rows, the tokenizer and the template."""
-    sources: dict[str, str] = {}
+    sources: dict[str, str] = Field(default={}, examples=[{"data/train.jsonl": "85dc6c248a00ff0f6235c64ffaffd16a"}])
     """Digests of the files that the rows were made of."""
-    ledger: str
+    ledger: str = Field(examples=["9f0c"])
     """The keyed hash of all rows that were fed until then."""
-    weights: str
+    weights: str = Field(examples=["41d2"])
     """A digest of the fp32 weights at that step."""
-    caveats: list[str] = []
+    caveats: list[str] = Field(
+        default=[], examples=[["step 500: train.learning_rate was 2e-05 until here and is 1e-05 now"]]
+    )
     """Why the file alone may not give the same weights again: what was done by hand, or on other numbers of processes."""
 
 

@@ -53,9 +53,11 @@ class Told:
         """
         step, values = record["step"], numbers(record)
         new = [name for name in self._names(record) if step > self.steps.get(name, -1)]
-        made = {metric(name).tag: values[name] for name in new if name in values}
+        made = {known.tag: values[name] for name in new if name in values and (known := metric(name))}
         made |= {name: record[name] for name in new if name in KINDS}
-        return made | ({metric(name).tag: values[name] for name in POSITION if name in values} if made else {})
+        return made | (
+            {known.tag: values[name] for name in POSITION if name in values and (known := metric(name))} if made else {}
+        )
 
     def tell(self, record: Mapping[str, Any]) -> None:
         """The service has been told all of a record."""

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Mapping
+from io import BufferedWriter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +115,8 @@ class _EventFile:
     """A file of events, made when the first one comes; after a failure the next one begins another file."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._file, self._number, self._began = folder, None, 0, int(time.time())
+        self._folder, self._number, self._began = folder, 0, int(time.time())
+        self._file: BufferedWriter | None = None
 
     def add(self, event: Event) -> None:
         try:

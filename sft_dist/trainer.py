@@ -61,7 +61,7 @@ def train(
     reason: Reason = "completed"
 
     votes = Votes(comms, stop, watchdog, state.step, budget.enter)
-    beat, waiting, logits = votes.beat, votes.waiting, votes.unless_stopped(engine.logits)
+    beat, waiting, scores = votes.beat, votes.waiting, votes.unless_stopped(engine.scores)
 
     def report(saved: Saved | None) -> None:
         """What a save cost; a failure has been said where it was found."""
@@ -73,14 +73,14 @@ def train(
 
     def evaluated(state: TrainState) -> TrainState:
         with contextlib.suppress(AbandonedError), budget.measuring():  # the next step's vote will stop the run
-            return account.judged(state, evaluator.interim(state.step, logits, metrics), early_stopping)
+            return account.judged(state, evaluator.interim(state.step, scores, metrics), early_stopping)
         return state
 
     if owes_evaluation:
         state = evaluated(state)
     if state.step == 0 and not comms.agree(budget.is_spent(stop.save_seconds)):
         with contextlib.suppress(AbandonedError), budget.measuring():  # the first step's vote will stop the run
-            evaluator.measure(0, logits, metrics)
+            evaluator.measure(0, scores, metrics)
 
     for step in votes.each(steps):
         if early_stopping is not None and early_stopping.is_over(state.best):
@@ -156,7 +156,7 @@ def train(
             state = evaluated(state)
         if cadence.is_due(state.step, cadence.samples_steps) and state.step < cadence.last_step:
             with contextlib.suppress(AbandonedError), budget.measuring():
-                evaluator.answer(state.step, logits, metrics)
+                evaluator.answer(state.step, scores, metrics)
         report(checkpoints.finished())
         is_best = state.best is not None and state.best.step == state.step
         if cadence.is_due(state.step, cadence.checkpoint_steps) or retries or is_best:
@@ -171,7 +171,7 @@ def train(
         try:
             was_evaluated = early_stopping is not None and state.score_here is not None  # with all scores
             with budget.measuring():
-                evaluator.measure(state.step, logits, metrics, is_scored=was_evaluated)
+                evaluator.measure(state.step, scores, metrics, is_scored=was_evaluated)
         except AbandonedError:
             reason = "stopped"
     beat("save")

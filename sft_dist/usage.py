@@ -26,17 +26,19 @@ class Journal:
     """`usage.jsonl`: appended to and never changed, so that a life that was killed is on it up to its last beat.
 
     A life counts from `began`, the start of its allocation in seconds of the clock, with all its GPUs: start-up, evaluation
-    and saving too. `phases` sums up where that time goes.
+    and saving too. `phases` sums up where that time goes. `told_gpu_seconds`: what the metrics have told; what was used is never
+    less, though a life that was killed wrote its last line before.
 
     >>> with Journal(Path("usage.jsonl"), "4711-0", gpus=8, began=1.7e9) as journal:  # doctest: +SKIP
     ...     journal.gpu_seconds()
     28800.0
     """
 
-    def __init__(self, path: Path, life: str, gpus: int, began: float) -> None:
+    def __init__(self, path: Path, life: str, gpus: int, began: float, *, told_gpu_seconds: float = 0.0) -> None:
         self.path, self.life, self.gpus, self.began = path, life, gpus, began
         lines = read_usage(path)
         self.before = gpu_seconds([line for line in lines if (line["life"], line["began"]) != (life, began)])
+        self.before += max(0.0, told_gpu_seconds - self.gpu_seconds())
         self.measure_seconds, self.step_seconds = (  # the longest of all lives
             max((line.get(name, 0.0) for line in lines), default=0.0) for name in ("measure_seconds", "step_seconds")
         )
@@ -73,7 +75,7 @@ class Journal:
         lived = math.fsum(phases.values())
         if lived > last["at"] - last["began"]:
             self._write({**last, "at": last["began"] + lived, "phase_seconds": phases})
-            self.before = gpu_seconds([*others, {**last, "at": last["began"] + lived}])
+            self.before = max(self.before, gpu_seconds([*others, {**last, "at": last["began"] + lived}]))
 
     def start(self) -> Journal:
         """Begin to write."""

@@ -206,10 +206,10 @@ def _files(out: Path) -> dict[str, set[str] | None]:
     index = out / SAFETENSORS_INDEX_FILE
     if not index.is_file():
         return dict.fromkeys((file.name for file in sorted(out.glob("*.safetensors"))), None)
-    files: dict[str, set[str] | None] = {}
+    files: dict[str, set[str]] = {}
     for name, file in json.loads(index.read_text())["weight_map"].items():
         files.setdefault(Path(file).name, set()).add(name)
-    return files
+    return dict(files)
 
 
 def reproduced(wanted: ReproducesConfig, folder: Path) -> Iterator[Check]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sft_dist.comms import Comms
+from sft_dist.head import Forward, Scores
 from sft_dist.limits import StopRequest
 from sft_dist.watchdog import Watchdog
 
@@ -60,12 +61,12 @@ class Votes:
         self.beat(phase)
         return is_wanted
 
-    def unless_stopped(self, forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def unless_stopped(self, forward: Forward) -> Forward:
         """`forward`, with a vote before each call, in which it raises AbandonedError where the ranks are to stop."""
 
-        def logits(*batch: torch.Tensor) -> torch.Tensor:
+        def scores(*batch: torch.Tensor) -> Scores:
             if self.is_to_stop("evaluate"):
                 raise AbandonedError
             return forward(*batch)
 
-        return logits
+        return scores

@@ -19,10 +19,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sft_dist.engine
+from sft_dist import head
 from sft_dist.batch import derive_batch
 from sft_dist.engine import Engine
-from sft_dist.loss import log_probs_at
 from sft_dist.memory import DTYPES, Parts
 from sft_dist.model import build, model_config
 from sft_dist.plan import Model
@@ -50,6 +49,7 @@ class MicroBatch:
         self.targets = torch.ones(rows, seq_len, dtype=torch.bool)
         self.positions = torch.arange(seq_len).repeat(rows, 1)
         self.rows = range(rows)
+        self.num_targets, self.num_documents = rows * (seq_len - 1), rows
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ def measure(case: Case) -> dict[str, int]:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(case.world_size), DS_ACCELERATOR="cpu")
     dist.init_process_group("fake", rank=0, world_size=case.world_size, store=FakeStore())
     _let_ranks_agree()
+    head._PART_BYTES["cpu"] = head._PART_BYTES["cuda"]
     tracker, made = MemTracker(), case.made()
     with FakeTensorMode(), Values(), tracker:
         dtype = DTYPES[case.precision]
@@ -124,18 +125,13 @@ def measure(case: Case) -> dict[str, int]:
 
 
 def _let_ranks_agree() -> None:
-    """What only a group of real ranks could do: agree; and the loss's targets, whose number is their values'."""
+    """What only a group of real ranks could do: agree."""
     import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
     from deepspeed.accelerator import get_accelerator
 
     coordinator.assert_ints_same_as_other_ranks = lambda *arguments, **more: None
     type(get_accelerator()).is_fp16_supported = lambda self: True
 
-    def every_target(logits: torch.Tensor, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        places = torch.zeros(targets[:, 1:].numel(), dtype=torch.int64)
-        return log_probs_at(logits, tokens, places, places)
-
-    sft_dist.engine.target_log_probs = every_target
     Engine._clip_unwrapped = lambda self: 1.0
 
 

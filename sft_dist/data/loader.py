@@ -33,7 +33,8 @@ class MicroBatch:
     `tokens`, `positions`: int64 [rows, seq_len]; `targets`: bool [rows, seq_len]; `documents`: int32 [rows, seq_len],
     the number of each token's document in its row, -1 for padding. `first_ordinal` seeds the dropout; `rows`: int64
     [rows], row numbers in the shards, empty when the rank only keeps the others company; `sets`: int64 [rows, or 1], the
-    set of the mixture that each row is from, None where there is only one.
+    set of the mixture that each row is from, None where there is only one. `num_targets`, and `num_documents` with padding
+    as one of each row that has some: known here, so that nobody has to ask the device.
     """
 
     tokens: torch.Tensor
@@ -42,15 +43,18 @@ class MicroBatch:
     documents: torch.Tensor
     rows: np.ndarray
     first_ordinal: int
+    num_targets: int
+    num_documents: int
     sets: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One micro-batch before it is read: its ordinals in the stream and its row numbers, int64 [rows] each."""
+    """One micro-batch before it is read: its ordinals in the stream and its row numbers, int64 [rows] each, and its targets."""
 
     ordinals: np.ndarray
     rows: np.ndarray
+    num_targets: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +127,8 @@ class Loader:
         for ordinals, blocks in zip(batches, mine, strict=True):
             made, begin = [], at
             for block in blocks:
-                made.append(Block(block, rows[at : at + len(block)]))
+                here = slice(at, at + len(block))
+                made.append(Block(block, rows[here], int(targets[here].sum())))
                 at += len(block)
             num_tokens, num_targets = int(lengths[begin:at].sum()), int(targets[begin:at].sum())
             steps.append(Step(len(ordinals), num_tokens, num_targets, made, self))
@@ -161,7 +166,9 @@ class Loader:
         if self.has_sets and isinstance(self.shards, Joined):
             of_rows = self.shards.set_of(block.rows) if len(block.rows) else np.zeros(1, np.int64)
             sets = torch.from_numpy(of_rows).to(self.device)
-        return MicroBatch(*widen(stored, self.shards.seq_len, self.device), block.rows, first_ordinal, sets)
+        parts = widen(stored, self.shards.seq_len, self.device)
+        of_text, padded = np.bitwise_count(stored.starts).sum(), (stored.lengths < self.shards.seq_len).sum()
+        return MicroBatch(*parts, block.rows, first_ordinal, block.num_targets, int(of_text + padded), sets)
 
     def _nothing(self) -> StoredRows:
         manifest = self.shards.manifest

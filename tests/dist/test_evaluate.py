@@ -16,6 +16,7 @@ from sft_dist.data.loader import Loader
 from sft_dist.data.mixture import Joined
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.evaluate import Evaluator, Sources, held_out_loss, open_shards
+from sft_dist.head import scores_of
 from sft_dist.labels import LabelTask
 from sft_dist.schema import PrepareConfig, SentencePieceTraining, SourceConfig, TrainedTokenizer
 from tests.workers import run_workers
@@ -125,9 +126,9 @@ def measured(topology, folder):
     comms = Comms(topology, torch.device("cpu"))
     shards, calls = open_shards(folder, "validation"), []
 
-    def forward(tokens, positions):
+    def forward(tokens, positions, *at):
         calls.append(len(tokens))
-        return oracle(tokens, positions)
+        return scores_of(oracle(tokens, positions), *at)
 
     loader = Loader(Joined([shards]), topology, micro_batch_rows=2, shuffle=False)
     task, sources = LabelTask.open(folder / "labels"), Sources.of([shards], [""])

@@ -42,6 +42,16 @@ class MicroBatch:
         """Row numbers, as a loader would give them."""
         return range(len(self.tokens))
 
+    @property
+    def num_documents(self) -> int:
+        """The same."""
+        return int((self.positions == 0).sum())
+
+    @property
+    def num_targets(self) -> int:
+        """The same."""
+        return int(self.targets[:, 1:].sum())
+
 
 def rows(step: int, count: int = ROWS) -> MicroBatch:
     """The rows of a step: two documents each, and between 0 and 14 targets, so that a mean of means would be wrong."""

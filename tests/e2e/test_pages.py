@@ -10,8 +10,12 @@ PAGES = ["README.md", "benchmarks/README.md"]
 PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 # Pages with a test of their own, and how many commands it runs: one that is added there has to be added here, and run.
 OWN = {
-    "README.md": ("test_readme", 8),
-    "docs/tutorial.md": ("test_readme", 13),
+    "README.md": ("test_readme", 10),
+    "docs/tutorial.md": ("test_readme", 14),
+    "docs/report.md": ("test_readme", 3),
+    "docs/configuration.md": ("test_configuration_page", 12),
+    "docs/export.md": ("test_hand_over_pages", 7),
+    "docs/chat.md": ("test_hand_over_pages", 4),
     "docs/checkpoints.md": ("test_checkpoints_page", 4),
     "docs/data.md": ("test_data_page", 6),
     "docs/large-batches.md": ("test_large_batches_page", 4),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -31,6 +32,13 @@ def tutorial(folder):
     return follow("docs/tutorial.md", folder, shortened)
 
 
+def test_the_page_on_the_report_does_what_it_says(folder, tutorial):
+    shutil.copytree(folder / "runs/sms-spam", folder / "runs/other")
+    follow("docs/report.md", folder, done=shown("docs/tutorial.md"))
+    assert (folder / "both.html").is_file()
+    assert list((folder / "runs/sms-spam/figures").glob("*.png"))
+
+
 def metrics(folder):
     return [json.loads(line) for line in (folder / "runs" / "sms-spam" / "metrics.jsonl").read_text().splitlines()]
 
@@ -51,7 +59,7 @@ def test_every_command_of_the_readme_runs(folder, tutorial):
     said = follow("README.md", folder, shortened, done=shown("docs/tutorial.md"))
     for words in (
         "1 accumulated x 8 processes", "resuming from step 4 of 6", "completed: 6 of 6 steps", "resuming from step 6 of 7",
-        "completed: 7 of 7 steps", "nothing of it waits or runs that can be seen from here",
+        "completed: 7 of 7 steps", "nothing of it waits or runs that can be seen from here", "kB; open it in a browser",
     ):  # fmt: skip
         assert words in said, words
     assert len([line for line in metrics(folder) if "validation_accuracy" in line]) == 4

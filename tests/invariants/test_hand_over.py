@@ -99,7 +99,11 @@ def test_a_licence_that_is_stated_later_is_told_and_an_unknown_one_said(given, t
     values["prepare"]["sources"][0]["license"] = None
     values["model"]["license"] = "My Own Licence"
     (run / "run.yaml").write_text(yaml.safe_dump(values))
+    shutil.rmtree(run / "verdicts")  # as of a run that was stopped there
     typed("export", run, tmp_path / "out")
+    recipe = yaml.safe_load((tmp_path / "out" / "reproduce.yaml").read_text())
+    state = json.loads((run / "checkpoints" / "step-00000006" / "state.json").read_text())
+    assert recipe["budget"] == {"max_tokens": state["tokens"]}, "so that the new one stops there too"
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert (card.data.license, card.data.license_name) == ("other", "My Own Licence")
     assert "| not stated |" in card.text

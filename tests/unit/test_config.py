@@ -270,7 +270,10 @@ def test_a_misspelt_branch_of_a_union_gets_the_nearest_key(tmp_path):
 
 def test_a_missing_file_is_named_with_an_example(tmp_path):
     path = tmp_path / "nowhere.yaml"
-    assert refusal(path) == f"{path}: no such run file; name an existing one, such as examples/sms-spam/run.yaml"
+    assert (
+        refusal(path)
+        == f"{path}: no such run file; name an existing one, such as examples/sms-spam/run.yaml, or write one: sft-dist init"
+    )
     assert (ROOT / "examples/sms-spam/run.yaml").is_file()
 
 

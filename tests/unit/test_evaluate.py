@@ -16,6 +16,7 @@ from sft_dist.data.tokenise import Tokenizer
 from sft_dist.document_losses import distribution
 from sft_dist.errors import DataError
 from sft_dist.evaluate import Evaluator, Measured, forgetting, held_out, held_out_loss, open_shards, same_tokenizer
+from sft_dist.head import scores_of
 from sft_dist.labels import LabelTask, confusion, label_metrics, label_scores
 from sft_dist.metrics import Metrics
 from sft_dist.model import build, model_config
@@ -70,10 +71,10 @@ def model(tokenizer):
 @pytest.fixture(scope="module")
 def forward(model):
     @torch.no_grad()
-    def logits(tokens, positions):
-        return packed_logits(model, tokens, positions)
+    def scores(tokens, positions, places, labels):
+        return scores_of(packed_logits(model, tokens, positions), places, labels)
 
-    return logits
+    return scores
 
 
 def alone_log_probs(model, tokenizer, record, label):
@@ -146,10 +147,10 @@ def test_a_set_without_targets_has_no_loss(tmp_path, forward, comms):
 
 
 def test_perplexity_of_a_hopeless_model_is_a_number(data, comms, tokenizer):
-    def hopeless(tokens, positions):
+    def hopeless(tokens, positions, *at):
         logits = torch.zeros(*tokens.shape, tokenizer.vocab_size)
         logits[..., 0] = 1e5
-        return logits
+        return scores_of(logits, *at)
 
     loader = Loader(open_shards(data, "validation"), Topology(), seed=0, micro_batch_rows=4)
     measured = held_out_loss(hopeless, loader, comms)
@@ -176,9 +177,9 @@ def test_a_rank_without_rows_takes_part_in_scoring(data, forward):
     task = LabelTask.open(data / "labels")
     calls = []
 
-    def counted(tokens, positions):
+    def counted(tokens, *more):
         calls.append(tokens.shape)
-        return forward(tokens, positions)
+        return forward(tokens, *more)
 
     class LastOfMany:
         topology = Topology(rank=60, world_size=61, local_rank=0)
@@ -220,12 +221,12 @@ def test_label_metrics_by_hand(truth, predicted, num_labels, positive, accuracy,
     assert all(type(value) is float for value in values.values())
 
 
-def counting(tokens, positions):
+def counting(tokens, positions, *at):
     """A model whose next token is always one more than the last; checks what it is fed."""
     assert positions.tolist() == [list(range(tokens.shape[1]))] * len(tokens)
     logits = torch.zeros(*tokens.shape, 50)
     logits.scatter_(2, (tokens + 1)[..., None], 1.0)
-    return logits
+    return scores_of(logits, *at)
 
 
 def answer(forward, ids, comms, **more):
@@ -251,9 +252,9 @@ def test_what_is_finished_leaves_the_batch(comms):
     """Four prompts of different lengths: one ends at once, one by its end token, one has no room, one by its limit."""
     sizes = []
 
-    def counted(tokens, positions):
+    def counted(tokens, *more):
         sizes.append(tuple(tokens.shape))
-        return counting(tokens, positions)
+        return counting(tokens, *more)
 
     asked = [[7], [1, 2, 3, 4], list(range(10, 18)), [30, 31]]
     made = answers(counted, asked, comms, end_ids=[8], max_new_tokens=5, context=8)
@@ -319,9 +320,9 @@ def test_prompts_are_answered_together_as_they_are_one_at_a_time(tokenizer, held
     asked = [replace(prompt, ids=prompt.ids[3 * number :]) for number, prompt in enumerate(asked)]
     shapes = []
 
-    def counted(tokens, positions):
+    def counted(tokens, *more):
         shapes.append(tuple(tokens.shape))
-        return forward(tokens, positions)
+        return forward(tokens, *more)
 
     sampling = Sampling(asked, tokenizer.decode, tokenizer.end_ids, 96, max_new_tokens=9, batch_tokens=batch_tokens)
     limits = {"end_ids": tokenizer.end_ids, "max_new_tokens": 9, "context": 96}

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from launch import init, local
+from sft_dist import files
 from sft_dist.config import load
 from sft_dist.errors import ConfigError, DataError
 from tests.unit.prepared_runs import sft_dist
@@ -187,14 +188,13 @@ def test_mistakes_are_one_line_and_nothing_is_written(here):
     assert sorted(path.name for path in here.iterdir()) == ["empty.jsonl", "odd.jsonl", "run.yaml"]
 
 
-def test_a_folder_that_cannot_be_written_is_told(here, monkeypatch):
-    def full(path, text):
+def test_a_disk_that_is_full_is_told_and_nothing_is_left(here, monkeypatch):
+    def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(init, "publish_text", full)
-    assert "b.yaml: cannot be written (No space left on device); name another place" in refused(
-        "b.yaml", "--data", SMS, "--preset", "tiny"
-    )
+    monkeypatch.setattr(files, "sync", full)
+    told = refused("b.yaml", "--data", SMS, "--preset", "tiny")
+    assert "b.yaml: cannot be written (No space left on device); name another place" in told
     assert not list(here.iterdir())
 
 
@@ -278,7 +278,7 @@ def test_who_leaves_in_the_middle_leaves_nothing_behind(here, how):
 def test_answers_of_another_kind(here, monkeypatch):
     """Another task than the data seem to be, with its columns; a model of one's own; --data that cannot be is an error."""
     jsonl(here / "data.jsonl", [{"text": f"{n}", "label": "ab"[n % 2], "why": f"because {n}"} for n in range(8)])
-    answers = iter(["instructions", "text", "why", "org/model", ""])
+    answers = iter(["instructions", "text", "why", "org/model", "nowhere.jsonl", ""])
     monkeypatch.setattr(init.click, "prompt", lambda *_, **__: next(answers))
     wish = init.wished(init.Options(data="data.jsonl", run_dir="runs/x"), asks=True)
     assert wish.found.source == {"path": "data.jsonl", "schema": "prompt_response", "prompt": "text", "response": "why"}
@@ -291,6 +291,9 @@ def test_answers_of_another_kind(here, monkeypatch):
 
 
 def test_what_is_written_is_yaml_however_things_are_called(here):
+    jsonl(here / "odd.jsonl", [{"prompt": "a", "response": "b", "more\n]: x": 1}])
+    assert sft_dist("init", "odd.yaml", "--data", "odd.jsonl", "--preset", "tiny").exit_code == 0
+    assert load("odd.yaml").prepare.sources[0].schema_ == "prompt_response"
     chats(here / "a #b: {c}.jsonl")
     assert sft_dist("init", "--data", "a #b: {c}.jsonl", "--preset", "tiny", "--run-dir", "runs/# 1: x").exit_code == 0
     config = load("run.yaml")

@@ -393,7 +393,7 @@ def environment(monkeypatch):
 def test_a_rank_that_cannot_start_says_why_and_leaves_a_verdict(tmp_path, environment, capsys):
     assert train.main([str(tmp_path / "nowhere.yaml")]) == 2
     assert capsys.readouterr().err == (
-        f"sft-dist: {tmp_path / 'nowhere.yaml'}: no such run file; name an existing one, such as examples/sms-spam/run.yaml\n"
+        f"sft-dist: {tmp_path / 'nowhere.yaml'}: no such run file; name an existing one, such as examples/sms-spam/run.yaml, or write one: sft-dist init\n"
     )
     path = run_file(tmp_path, tmp_path / "nowhere", tmp_path / "sms")
     assert train.main([str(path), "--fresh", "--local_rank=0", "train.epochs=3"]) == 2

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from sft_dist import usage
+from sft_dist.glossary import metric
 from sft_dist.goodput import goodput, spans, time_by_part
-from sft_dist.metrics import tag
 from sft_dist.phases import PHASES, PhaseClock, lost_work
 from sft_dist.usage import Budget, Journal, read_usage
 
@@ -39,7 +39,7 @@ def test_the_phases_add_up_to_the_time_whenever_they_are_asked():
     assert laps[0] == {"start_up_seconds": 6.0, "wait_seconds": 0.75, "compute_seconds": 4.0}
     assert {name: sum(lap.get(f"{name}_seconds", 0.0) for lap in laps) for name in PHASES} == phases.totals()
     assert phases.lap() == {}
-    assert all(tag(name) == f"time/{name}" for lap in laps for name in lap)
+    assert all(metric(name).tag == f"time/{name}" for lap in laps for name in lap)
 
 
 def line(step, compute, **more):

@@ -127,8 +127,7 @@ def test_a_run_that_has_not_logged_is_not_compared(run, tmp_path):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_trace_is_what_the_same_pass_allocates(checkpointing):
     """The witness: the pass for real on the CPU, each storage counted."""
-    from sft_dist.attention import packed_logits
-    from sft_dist.loss import log_probs_at
+    from sft_dist.head import Head, part_places, scores_at, targets_at
     from sft_dist.memory import Live
 
     config = ModelConfig(config={"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -138,18 +137,17 @@ def test_a_trace_is_what_the_same_pass_allocates(checkpointing):
         trace(config, made, rows=count, seq_len=128, precision="fp32", checkpointing=checkpointing) for count in (1, 2)
     )
     foretold = one.grown(two, rows=5)
-    rows, places = torch.arange(5).repeat_interleave(127), torch.arange(127).repeat(5)
+    every = torch.ones(5, 128, dtype=torch.bool)
     with Live() as live:
         model = build(config, made, seed=0, gradient_checkpointing=checkpointing).train()
         tokens, positions = torch.zeros(5, 128, dtype=torch.int64), torch.arange(128).repeat(5, 1) % 64
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None))
+        Head(model, part_places(1000, "cuda"))
+        at = targets_at(tokens, every, 5 * 127)
         before = live.bytes
         live.restart()
-        logits = packed_logits(model, tokens, positions)
-        loss = -log_probs_at(logits, tokens, rows, places).sum()
-        del logits
-        loss.backward()
+        scores_at(model, tokens, positions, *at).loss.backward()
     most = max([foretold.forward.bytes, *(each.peak.bytes for each in foretold.gradients)])
     assert most == pytest.approx(live.peak.bytes - before, rel=1e-3)
     assert 0 < foretold.forward.logits < foretold.forward.bytes

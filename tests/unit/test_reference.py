@@ -21,7 +21,7 @@ from tests.unit.prepared_runs import sft_dist
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "docs" / "reference" / "run.schema.json"
 VALIDATOR = jsonschema.Draft202012Validator(json_schema())
-SHIPPED = sorted([*ROOT.glob("examples/*/run.yaml"), *ROOT.glob("examples/presets/*.yaml")])
+SHIPPED = sorted(ROOT.glob("examples/*/*.yaml"))
 RUN = {
     "run_dir": "runs/x",
     "prepare": {"sources": [{"path": "a.jsonl"}], "out": "runs/x/shards"},
@@ -32,11 +32,16 @@ RUN = {
 WITH = {
     "mixture": {"prepare": None}, "model.config": {"model.name_or_path": None},
     "train.global_batch_samples": {"train.global_batch_rows": None}, "train.max_steps": {"train.epochs": None},
+    "reproduces": {f"reproduces.{key}": value for key, value in {
+        "step": 1, "world_size": 1, "zero": {}, "identity": {}, "ledger": "", "weights": "",
+    }.items()},
     "evaluate.early_stopping": {"evaluate.every_steps": 10}, "budget.cost": {"budget.price_per_gpu_hour": "2 EUR"},
 }  # fmt: skip
 INSIDE = {
     "prepare.sources[]": {"path": "a"}, "prepare.validation_sources[]": {"path": "a"}, "prepare.general[]": {"path": "a"},
     "prepare.curate.decontaminate[]": {"path": "a"}, "mixture[]": {"shards": "a", "weight": 1}, "prepare.curate.select": {"count": 1},
+    "logging.wandb": {"project": "a"}, "logging.mlflow": {"experiment": "a"},
+    "reproduces": {"step": 1, "world_size": 1, "zero": {}, "identity": {}, "ledger": "", "weights": ""},
 }  # fmt: skip
 
 

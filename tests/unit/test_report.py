@@ -86,7 +86,14 @@ class Page(HTMLParser):
 
 
 def line(step, loss, **more):
-    of_step = {"learning_rate": 1e-3, "tokens_per_second": 1000.0 + step, "step_seconds": 0.5, "gpu_hours": step / 100}
+    of_step = {
+        "at": 1e9 + step,
+        "target_tokens": 10 * step,
+        "learning_rate": 1e-3,
+        "tokens_per_second": 1000.0 + step,
+        "step_seconds": 0.5,
+        "gpu_hours": step / 100,
+    }
     phases = {"data_seconds": 0.1, "compute_seconds": 0.5, "wait_seconds": 0.1}
     return {"step": step, "loss": loss, "memory_bytes": 2**30, "grad_norm": 1 / step, **of_step, **phases, **more}
 
@@ -102,6 +109,11 @@ def lines_of(steps, every=10):
                 {"step": step, "validation_loss": loss, "validation_loss/a": loss + 0.1, "validation_loss/b": loss}
             )
     made.append({"step": steps, "samples": [{"prompt": "Spam?\nyes", "answer": " spam", "expected": "spam"}]})
+    made.append({"step": steps, "document_losses": {"edges": [0, 1], "counts": [3]}})
+    made.append({"step": 0, "config": {"run_dir": "x"}})
+    made.append(
+        {"step": steps, "gpu_hours": steps / 100, "checkpoint_bytes": 123456}
+    )  # every record of numbers tells it
     made.append({"step": steps, "confusion": {"labels": ["ham", NASTY], "counts": [[812, 3], [5, 120]]}})
     return made
 
@@ -162,7 +174,7 @@ def test_the_page_tells_the_numbers_of_the_files_and_needs_nothing_else(tmp_path
     written = {}
     for each in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         written |= {(each["step"], name): value for name, value in each.items() if isinstance(value, float | int)}
-    written = {key: value for key, value in written.items() if key[1] != "step"}
+    written = {key: value for key, value in written.items() if key[1] not in ("step", "at")}
     assert seen.numbers() == written
     for words in (
         "1,234", "− duplicate", "completed: 120 of 120 steps", "␛[31m", "66.7 % goodput", "0.07 EUR", "--nproc 2",
@@ -279,6 +291,22 @@ def test_a_run_that_is_still_running_says_so(tmp_path, monkeypatch):
     told = Page((folder / "report.html").read_text()).whole_text
     assert "running, step 120 so far" in told
     assert "was killed" not in told
+
+
+def test_a_job_of_the_cluster_runs_too_and_a_silent_cluster_is_no_obstacle(tmp_path, monkeypatch):
+    for jobs, is_running in (
+        ([(7, {"JobState": "RUNNING"})], True),
+        ([(7, {"JobState": "PENDING"})], False),
+        ([], False),
+    ):
+        monkeypatch.setattr(reporting.slurm, "live_jobs", lambda folder, jobs=jobs: jobs)
+        assert reporting.is_running(tmp_path) is is_running
+
+    def silent(folder):
+        raise ConfigError("squeue: no answer")
+
+    monkeypatch.setattr(reporting.slurm, "live_jobs", silent)
+    assert not reporting.is_running(tmp_path)
 
 
 def test_several_runs_lie_over_each_other_with_what_differs(tmp_path):

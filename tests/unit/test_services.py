@@ -120,7 +120,7 @@ def test_a_service_that_hangs_slows_nothing_and_ends_after_a_while(tmp_path, cap
     slow, began = Ours(seconds=60.0), time.monotonic()
     metrics = life(tmp_path, slow, 0, 9, patience=0.2)
     metrics.close()
-    assert time.monotonic() - began < 10.0
+    assert time.monotonic() - began < 30.0
     assert "has not been told all" in caplog.text
 
 
@@ -229,7 +229,7 @@ metrics.close()
 
 def a_process(folder, resume_step, end, how):
     root = Path(__file__).parents[2]
-    made = subprocess.run([sys.executable, "-c", textwrap.dedent(SERVE), folder, str(resume_step), str(end), how], cwd=root, capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
+    made = subprocess.run([sys.executable, "-c", textwrap.dedent(SERVE), folder, str(resume_step), str(end), how], cwd=root, capture_output=True, text=True, timeout=400, check=False)  # fmt: skip
     assert made.returncode == (-signal.SIGKILL if how == "killed" else 0), made.stderr
     return made.stdout + made.stderr
 
@@ -268,11 +268,11 @@ def test_mlflow_over_two_lives_is_one_run_without_overlap_or_gap(tmp_path, monke
 
     monkeypatch.chdir(tmp_path)  # its artifacts go to ./mlruns, where a server does not say otherwise
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    life(tmp_path, MLflow("sms", uri, "first"), 0, 7, name="mlflow", patience=120).close()
+    life(tmp_path, MLflow("sms", uri, "first"), 0, 7, name="mlflow", patience=400).close()
     client = MlflowClient(tracking_uri=uri)
     (run,) = client.search_runs([client.get_experiment_by_name("sms").experiment_id])
     assert (run.info.status, run.info.run_name) == ("FINISHED", "first")
-    life(tmp_path, MLflow("sms", uri, "first"), 4, 10, name="mlflow", patience=120).close()
+    life(tmp_path, MLflow("sms", uri, "first"), 4, 10, name="mlflow", patience=400).close()
     assert len(client.search_runs([run.info.experiment_id])) == 1
 
     def history(tag):
@@ -296,7 +296,7 @@ def test_mlflow_over_two_lives_is_one_run_without_overlap_or_gap(tmp_path, monke
 def test_mlflow_that_nobody_serves_is_said_and_ends_nothing(tmp_path, monkeypatch, caplog):
     needs("mlflow")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    life(tmp_path, MLflow("sms", "http://localhost:9"), 0, 2, name="mlflow", patience=60).close()
+    life(tmp_path, MLflow("sms", "http://localhost:9"), 0, 2, name="mlflow", patience=400).close()
     assert "warning: MLflow: " in caplog.text
     assert threading.current_thread() is threading.main_thread()
     assert logging.getLogger("mlflow").level == logging.ERROR

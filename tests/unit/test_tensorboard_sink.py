@@ -96,7 +96,7 @@ def served(folder, *options):
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", str(port), *options]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
-            base, end = f"http://localhost:{port}/data/plugin/scalars", time.monotonic() + 60
+            base, end = f"http://localhost:{port}/data/plugin/scalars", time.monotonic() + 300
             while time.monotonic() < end:
                 try:
                     with urllib.request.urlopen(f"{base}/tags") as answer:

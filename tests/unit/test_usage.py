@@ -43,6 +43,18 @@ def test_the_metrics_are_of_all_lives_and_the_main_ranks(tmp_path, clock):
     assert Budget(price=2.5, currency="EUR").numbers == {}
 
 
+def test_what_was_used_is_never_less_than_the_metrics_told_before_a_kill(tmp_path, clock):
+    """Its last line was of 10 s ago, and what is an x-axis must not go back."""
+    path = tmp_path / "usage.jsonl"
+    Journal(path, "7-0", gpus=2, began=900.0)._append()  # 200 GPU-seconds, and killed 10 s later
+    clock[0] = 1011.0
+    with Journal(path, "7-1", gpus=2, began=1010.0, told_gpu_seconds=220.0) as journal:
+        assert journal.gpu_seconds() == 220.0
+        clock[0] = 1013.0
+        assert journal.gpu_seconds() == 224.0
+    assert Journal(path, "7-2", gpus=2, began=1013.0, told_gpu_seconds=100.0).gpu_seconds() == 206.0
+
+
 def test_a_beat_is_written_while_nobody_asks(tmp_path, monkeypatch):
     monkeypatch.setattr(usage, "BEAT_SECONDS", 0.01)
     path = tmp_path / "usage.jsonl"

@@ -1,0 +1,139 @@
+"""Attention of packed rows without work between documents: the kernels there are, by transformers' interface for them.
+
+Documents lie one behind another in rows; `cu_seq_lens_q`, int32 [documents + 1], is where each begins over all rows of the
+micro-batch, as flash attention takes them (Dao 2023, arXiv:2307.08691). transformers hands it down to every layer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+
+_BUCKET = 64  # the number of documents is rounded up to a multiple of it, by empty ones: few shapes
+_OWN = "sft_dist_"  # before the names of ours, which transformers must not take for its own
+
+
+def documents_of(positions: torch.Tensor, num_documents: int | None = None) -> dict[str, Any]:
+    """What a kernel wants to know of packed rows, as transformers calls it.
+
+    `positions`: int64 [rows, length], 0 at the beginning of each document, padding being one; `num_documents`: how many there
+    are, else the device is waited for. No document is longer than a row.
+
+    >>> documents_of(torch.tensor([[0, 1, 2, 0], [0, 1, 0, 0]]))["cu_seq_lens_q"][:7].tolist()
+    [0, 3, 4, 6, 7, 8, 8]
+    """
+    begins = positions.flatten() == 0
+    count = int(begins.sum()) if num_documents is None else num_documents
+    size = -(-(count + 1) // _BUCKET) * _BUCKET
+    bounds = begins.nonzero_static(size=size, fill_value=positions.numel()).flatten().int()
+    length = positions.shape[1]
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}
+
+
+def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, **more: Any) -> Any:
+    from torch.nn.attention.varlen import varlen_attn
+
+    length, window = more["length"], more["window"]
+    return varlen_attn(
+        query, key, value, bounds, bounds, length, length,
+        scale=more["scale"], window_size=(window - 1 if window else -1, 0), enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+
+
+def _by_document(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, **more: Any) -> Any:
+    """One document after another: what a CPU does best with long ones."""
+    ends, window, made = bounds.tolist(), more["window"], []
+    for begin, end in itertools.pairwise(ends):
+        if begin == end:
+            break
+        q, k, v = (part[begin:end].transpose(0, 1) for part in (query, key, value))
+        mask = _in_window(end - begin, window, query.device) if window and end - begin > window else None
+        made.append(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=more["dropout"], scale=more["scale"],
+                enable_gqa=query.shape[1] != key.shape[1],
+            ).transpose(0, 1)
+        )  # fmt: skip
+    return torch.cat(made)
+
+
+def _in_window(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """bool [length, length]: which tokens see which.
+
+    >>> _in_window(3, 2, torch.device("cpu")).int().tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    """
+    behind = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (behind >= 0) & (behind < window)
+
+
+# by name, whether it draws dropout, and the function of [tokens, heads, width] each
+_OURS: dict[str, tuple[bool, Callable[..., torch.Tensor]]] = {
+    "varlen": (False, _varlen),
+    "by_document": (True, _by_document),
+}
+_FLASH = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}  # the wheels they need
+
+
+def _registered(name: str) -> str:
+    """The name that transformers knows a kernel by."""
+    if name not in _OURS:
+        return name
+    has_dropout, kernel = _OURS[name]
+
+    def attend(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        cu_seq_lens_q: torch.Tensor,
+        max_length_q: int,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **ignored: Any,
+    ) -> tuple[torch.Tensor, None]:
+        if softcap is not None or s_aux is not None or (dropout and module.training and not has_dropout):
+            raise NotImplementedError(f"{name}: has no soft cap, no sinks and, but for by_document, no dropout")
+        rows, length = query.shape[0], query.shape[2]
+        flat = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
+        about = {"length": max_length_q, "window": sliding_window, "scale": scaling}
+        made = kernel(*flat, cu_seq_lens_q, dropout=dropout if module.training else 0.0, **about)
+        return made.unflatten(0, (rows, length)), None
+
+    AttentionInterface.register(_OWN + name, attend)
+    AttentionMaskInterface.register(_OWN + name, lambda *args, **more: None)  # the bounds say it all
+    return _OWN + name
+
+
+def candidates(device_type: str, *, is_16_bit: bool) -> list[str]:
+    """Kernels that can run on a device, the fastest first; the slow truth is the last.
+
+    >>> candidates("cpu", is_16_bit=False)
+    ['sdpa']
+    """
+    if device_type != "cuda" or not is_16_bit:
+        return ["sdpa"]
+    wheels = [name for name, wheel in _FLASH.items() if importlib.util.find_spec(wheel)]
+    return [*wheels, "varlen", "sdpa"]
+
+
+def draws_dropout(name: str) -> bool:
+    """Whether a kernel can drop attention weights."""
+    return name not in _OURS or _OURS[name][0]
+
+
+def use(model: PreTrainedModel, name: str) -> None:
+    """Let the layers of a model call that kernel from now on. Raises ValueError or ImportError where it cannot be had."""
+    model.set_attn_implementation(_registered(name))

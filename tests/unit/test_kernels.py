@@ -1,0 +1,186 @@
+import functools
+import itertools
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sft_dist import kernels
+from sft_dist.attention import choose, packed_logits
+from sft_dist.errors import ModelError
+from sft_dist.head import Head
+from sft_dist.kernels import candidates, documents_of, draws_dropout, use
+from sft_dist.model import without_attention_dropout
+
+VOCAB = 50
+WIDE = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+FAMILIES = {
+    "gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 2},
+    "gpt_neox": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "llama": WIDE,
+    "qwen2": WIDE,
+    "mistral": WIDE | {"sliding_window": 4},
+}
+
+
+def made(family):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=VOCAB, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    return model, Head(model)
+
+
+def put(model, head, name):
+    use(model, name)
+    head.wants_documents = name != "sdpa"
+
+
+def varlen_by_hand(query, key, value, bounds, bounds_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch's kernel is documented to compute, one document at a time; it runs on GPUs only."""
+    assert bounds is bounds_k
+    assert (bounds.dtype, query.ndim) == (torch.int32, 3)
+    left, right = window_size
+    assert right == 0, "causal"
+    out, groups = torch.empty_like(query), query.shape[1] // key.shape[1]
+    assert enable_gqa == (groups > 1)
+    for begin, end in itertools.pairwise(bounds):
+        assert end - begin <= max_q == max_k
+        q, k, v = (part[begin:end].transpose(0, 1) for part in (query, key, value))
+        scores = q @ k.repeat_interleave(groups, 0).mT * scale
+        behind = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
+        hidden = (behind < 0) | ((behind > left) if left >= 0 else False)
+        out[begin:end] = (
+            scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v.repeat_interleave(groups, 0)
+        ).transpose(0, 1)
+    return out
+
+
+@pytest.fixture(params=["by_document", "varlen"])
+def kernel(request, monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
+    return request.param
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_documents_in_rows_are_as_documents_alone(family, kernel, checkpointing):
+    model, head = made(family)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        for module in model.modules():
+            module.p = 0.0 if isinstance(module, torch.nn.Dropout) else getattr(module, "p", None)
+    tokens = torch.randint(VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
+    lengths = [[7, 1, 8], [16]]
+    positions = torch.stack([torch.cat([torch.arange(one) for one in row]) for row in lengths])
+    whole = packed_logits(model, tokens, positions)  # by sdpa, with a mask
+    (whole.square().sum()).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    put(model, head, kernel)
+    made_of_rows = packed_logits(model, tokens, positions)
+    made_of_rows.square().sum().backward()
+    torch.testing.assert_close(made_of_rows, whole)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    for row, ends in enumerate(lengths):
+        begin = 0
+        for length in ends:
+            alone = packed_logits(model, tokens[row : row + 1, begin : begin + length], torch.arange(length)[None])
+            torch.testing.assert_close(made_of_rows[row, begin : begin + length], alone[0])
+            begin += length
+
+
+def test_the_number_of_documents_need_not_be_asked_for():
+    positions = torch.tensor([[0, 1, 2, 0], [0, 1, 0, 0]])
+    assert torch.equal(documents_of(positions, 5)["cu_seq_lens_q"], documents_of(positions)["cu_seq_lens_q"])
+
+
+def test_a_kernel_does_not_forget_what_it_cannot_do(monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
+    config = AutoConfig.for_model("gemma2", vocab_size=VOCAB, head_dim=8, **WIDE)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    head = Head(model)
+    put(model, head, "varlen")
+    with pytest.raises(NotImplementedError, match="no soft cap"):
+        packed_logits(model, torch.zeros(1, 4, dtype=torch.long), torch.arange(4)[None])
+
+
+@torch.no_grad()
+def test_the_first_kernel_that_is_proven_is_taken(monkeypatch):
+    model, head = made("mistral")
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
+    pick = functools.partial(
+        choose, use=lambda name: put(model, head, name), forward=lambda *rows: packed_logits(model, *rows), vocab_size=VOCAB,
+        is_16_bit=False,
+    )  # fmt: skip
+    name, moved, passed_over = pick(["varlen", "sdpa"])
+    assert (name, moved < 1e-5, passed_over) == ("varlen", True, [])
+
+    name, _, passed_over = pick(["flash_attention_2", "by_document", "sdpa"])
+    assert name == "by_document"
+    assert len(passed_over) == 1
+    assert passed_over[0].startswith("attention 'flash_attention_2' cannot be used")
+
+    def forgets_the_window(*args, window_size, **more):
+        return varlen_by_hand(*args, window_size=(-1, 0), **more)
+
+    def forgets_the_documents(query, key, value, bounds, *args, **more):
+        one = torch.tensor([0, len(query)], dtype=torch.int32)
+        return varlen_by_hand(query, key, value, one, one, len(query), len(query), **more)
+
+    for wrong in (forgets_the_window, forgets_the_documents):
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", wrong)
+        name, _, passed_over = pick(["varlen", "sdpa"])
+        assert (name, len(passed_over)) == ("sdpa", 1)
+        assert "attention 'varlen' is wrong for this model" in passed_over[0]
+        assert model.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_where_not_even_the_truth_keeps_documents_apart_the_model_is_refused():
+    model, _ = made("llama")
+    with pytest.raises(ModelError, match="packed documents see each other"):
+        choose(
+            ["sdpa"],
+            lambda name: None,
+            lambda tokens, positions: model(input_ids=tokens).logits,
+            VOCAB,
+            is_16_bit=False,
+        )
+
+
+def test_which_kernels_there_are(monkeypatch):
+    assert candidates("cpu", is_16_bit=True) == ["sdpa"]
+    assert candidates("cuda", is_16_bit=False) == ["sdpa"]
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name == "flash_attn")
+    assert candidates("cuda", is_16_bit=True) == ["flash_attention_2", "varlen", "sdpa"]
+    assert [draws_dropout(name) for name in ("sdpa", "by_document", "varlen", "flash_attention_2")] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+
+
+def test_dropout_that_a_kernel_cannot_draw_is_told(caplog):
+    config = AutoConfig.for_model("gpt2")
+    without_attention_dropout(config)
+    assert (config.attn_pdrop, config.resid_pdrop) == (0.0, 0.1)
+    assert "model.attn_pdrop 0.1 becomes 0" in caplog.text
+
+
+def test_dropout_of_one_document_after_another_is_drawn():
+    model, head = made("gpt2")
+    put(model, head, "by_document")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.transformer.h[0].attn.attn_dropout.p = 0.5
+    tokens, positions = torch.ones(1, 8, dtype=torch.long), torch.arange(8)[None]
+    learned = [packed_logits(model.train(), tokens, positions) for _ in range(2)]
+    assert not torch.equal(*learned)
+    asked = [packed_logits(model.eval(), tokens, positions) for _ in range(2)]
+    assert torch.equal(*asked)
