@@ -223,8 +223,8 @@ def prove(plan: Plan, engine: Engine, made: Any) -> str:
     if plan.config.train.attention not in ("auto", kernel):
         raise ConfigError(f"train.attention: {passed_over[0]}. Use auto, or sdpa, which every model has")
     head = engine.head.check(engine.scores, engine.logits, vocab_size, is_16_bit=is_16_bit)
-    told = f"attention {kernel!r}: packed documents kept apart (logits move {moved:.0e}); {head}"
-    return "\n".join([told, *(f"note: {line}" for line in passed_over)])
+    told = [f"packed documents kept apart (logits move {moved:.0e})", f"attention: {kernel}; {head}"]
+    return "\n".join([*told, *(f"note: {line}" for line in passed_over)])
 
 
 def kernel_names(plan: Plan) -> list[str]:

@@ -225,11 +225,11 @@ class Head:
         """
         error = _error(forward, logits, vocab_size)
         if error <= (3e-2 if is_16_bit else 1e-3):
-            return f"head at targets only (log-probabilities off by {error:.0e})"
+            return f"head: at target tokens only (log-probabilities off by {error:.0e})"
         self.is_whole = True
         return (
-            f"head as the model has it, with all logits of a micro-batch: it does more than a matrix product, a scale and a "
-            f"soft cap (log-probabilities at targets only would be off by {error:.0e})"
+            f"head: the model's own, with all logits of a micro-batch; it does more than a matrix product, a scale and a soft cap "
+            f"(log-probabilities at target tokens only would be off by {error:.0e})"
         )
 
     def _called(

@@ -151,7 +151,7 @@ def test_a_head_that_does_more_is_noticed_and_the_models_own_logits_are_taken(ba
         return packed_logits(model, tokens, positions)
 
     told = head.check(forward, logits, VOCAB, is_16_bit=False)
-    assert "head as the model has it" in told
+    assert "head: the model's own" in told
     assert head.is_whole
     expected = target_log_probs(logits(tokens, positions), tokens, targets)
     scores = forward(tokens, positions, *targets_at(tokens, targets, int(targets.sum())))
@@ -162,7 +162,7 @@ def test_a_head_that_does_more_is_noticed_and_the_models_own_logits_are_taken(ba
     told = head.check(
         lambda *batch: scores_at(other, *batch), lambda *batch: packed_logits(other, *batch), VOCAB, is_16_bit=False
     )
-    assert (head.is_whole, told.startswith("head at targets only")) == (False, True)
+    assert (head.is_whole, told.startswith("head: at target tokens only")) == (False, True)
 
 
 def test_logits_are_never_whole(batch, monkeypatch):
