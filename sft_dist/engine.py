@@ -19,7 +19,7 @@ import torch
 from sft_dist import kernels, layout, ledger
 from sft_dist.attention import packed_logits
 from sft_dist.batch import Batch
-from sft_dist.head import Head, Scores, power_of_two, scores_at, targets_at
+from sft_dist.head import Head, Scores, scores_at, targets_at
 from sft_dist.loss import sums_by_set
 from sft_dist.optimizer import GatedAdamW, decay_groups
 from sft_dist.schema import TrainConfig
@@ -195,7 +195,7 @@ class Engine:
         if len(micro_batch.rows):  # else it is one row of padding, to keep the other ranks company
             fed += self._fed(tokens, targets, positions)
         places, labels = targets_at(tokens, targets, micro_batch.num_targets)
-        scale = power_of_two(factor * (self.loss_scale or {"cur_scale": 1.0})["cur_scale"])
+        scale = factor * (self.loss_scale or {"cur_scale": 1.0})["cur_scale"]
         about = {"grad_scale": scale, "num_documents": micro_batch.num_documents}
         scores = scores_at(self.deepspeed, tokens, positions, places, labels, **about)
         if set_sums is not None:  # a by-product: the loss that is optimised does not depend on it

@@ -8,7 +8,6 @@ backward pass but the gradient of the head, which is summed in fp32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -264,15 +263,6 @@ class Head:
             best.append(logits.argmax(dim=1))
             log_probs.append(_exponentials(logits, labels[part])[0])
         return Scores(-torch.cat(log_probs).sum(), torch.cat(log_probs), torch.cat(best))
-
-
-def power_of_two(number: float) -> float:
-    """The nearest: to scale gradients with, in which it rounds nothing.
-
-    >>> power_of_two(0.3), power_of_two(100.0)
-    (0.25, 128.0)
-    """
-    return 2.0 ** round(math.log2(number))
 
 
 def _error(forward: Forward, logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], vocab_size: int) -> float:

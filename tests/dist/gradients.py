@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from sft_dist import engine
-from sft_dist.attention import packed_logits
-from sft_dist.loss import target_log_probs
+from sft_dist.head import Head, scores_at, targets_at
 
 Parts = dict[str, tuple[int, np.ndarray]]
 
@@ -42,12 +41,14 @@ def summed(
 
     Returns the sums over the first n micro-batches, for each n of `counts`.
     """
+    Head(plain)
     total = {name: torch.zeros(p.numel(), dtype=torch.float64) for name, p in plain.named_parameters()}
     sums = {}
     for number, batch in enumerate(micro_batches, start=1):
         plain.zero_grad()
-        logits = packed_logits(plain, batch.tokens, batch.positions)
-        (-target_log_probs(logits, batch.tokens, batch.targets).sum() / denominator).backward()
+        places, labels = targets_at(batch.tokens, batch.targets, batch.num_targets)
+        scores = scores_at(plain, batch.tokens, batch.positions, places, labels, grad_scale=1 / denominator)
+        (scores.loss / denominator).backward()
         for name, parameter in plain.named_parameters():
             total[name] += parameter.grad.flatten()
         if number in counts:

@@ -161,9 +161,9 @@ def peak_bytes(topology, stage, count, leaks=False):
     """Most that is alive at a time in a step of `count` micro-batches, what the step found left out."""
     made, _ = tiny.engine(topology, stage, kind="mini", micro_batch_rows=1, global_batch_rows=count, precision="bf16")
     made.learn(single_rows(topology, 2), denominator=1000, learning_rate=0.0)  # what a first step makes stays
-    kept, loss_sum, backward = [], made._loss_sum, made.deepspeed.backward
+    kept, scores, backward = [], made._scores, made.deepspeed.backward
     if leaks:
-        made._loss_sum = lambda *batch: kept.append(loss_sum(*batch)) or kept[-1]
+        made._scores = lambda *batch: kept.append(scores(*batch)) or kept[-1]
         made.deepspeed.backward = lambda *given, **more: backward(*given, **more, retain_graph=True)
     with Live() as counted:
         made.learn(single_rows(topology, count), denominator=1000, learning_rate=0.0)
