@@ -1,0 +1,222 @@
+"""Where the time of a step goes: some steps of a run under the profiler, as a table, with advice; the run is left alone.
+
+torchrun --nproc_per_node=8 launch/profiling.py RUN.yaml [KEY=VALUE...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __package__ in (None, ""):  # started by path from a clone
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launch import local
+from launch.settle import Plan
+from launch.step_report import Fed, Found, Setting, advice, told
+from sft_dist.config import load
+from sft_dist.errors import ConfigError, SftDistError
+from sft_dist.files import publish, set_aside
+from sft_dist.schema import RunConfig
+from sft_dist.topology import Life, Topology
+from sft_dist.zero import zero_stage
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How many steps are looked at, of how many micro-batches at most, and where the trace is written."""
+
+    steps: int = 3
+    micro_batches: int = 16
+    trace: Path = Path("trace.json.gz")
+
+    def arguments(self) -> list[str]:
+        """As `launch/profiling.py` takes them.
+
+        >>> Options(trace=Path("t.json")).arguments()
+        ['--steps=3', '--micro-batches=16', '--trace=t.json']
+        """
+        return [f"--steps={self.steps}", f"--micro-batches={self.micro_batches}", f"--trace={self.trace}"]
+
+
+def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: int, options: Options) -> int:
+    """Check everything that can be checked, then profile: in this process, or in several; returns the exit code."""
+    _quiet()
+    plan = Plan.of(config, Topology(world_size=processes, local_world_size=processes), Life("profile"))
+    local.require_gpus(processes)
+    _require_place(options.trace)
+    if processes == 1:
+        return profile(plan, options)
+    settled = [*overrides, f"train.micro_batch_rows={plan.config.train.micro_batch_rows}"]
+    command = local.torchrun(Path(__file__), [run_file, *settled, *options.arguments()], processes)
+    with subprocess.Popen(
+        command, start_new_session=True, stderr=subprocess.PIPE, text=True, errors="replace"
+    ) as process:
+        local.relay(process)
+    return 128 - process.returncode if process.returncode < 0 else process.returncode
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """One rank of several; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_file", metavar="RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--steps", type=int, default=Options.steps)
+    parser.add_argument("--micro-batches", type=int, default=Options.micro_batches)
+    parser.add_argument("--trace", type=Path, default=Options.trace)
+    given = parser.parse_intermixed_args(arguments)
+    _quiet()
+    topology = Topology()
+    try:
+        topology = Topology.from_environment()
+        plan = Plan.of(load(given.run_file, given.overrides), topology, Life("profile"))
+        return profile(plan, Options(given.steps, given.micro_batches, given.trace))
+    except SftDistError as error:
+        if topology.local_rank == 0:
+            print(f"sft-dist: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def _quiet() -> None:
+    """Only what is for people; to be called before torch is imported, whose profiler talks on stderr."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def _require_place(trace: Path) -> None:
+    if not trace.parent.is_dir():
+        raise ConfigError(f"--trace {trace}: there is no folder {trace.parent}; make it, or choose another place")
+    if trace.is_dir() or not os.access(trace.parent, os.W_OK):
+        raise ConfigError(f"--trace {trace}: no file can be written there; choose another place")
+
+
+def cut(plan: Plan, micro_batches: int) -> Plan:
+    """The plan with steps of no more micro-batches: a trace of thousands of them could not be looked at."""
+    batch = plan.batch
+    accumulation_steps = min(batch.accumulation_steps, micro_batches)
+    rows = accumulation_steps * batch.micro_batch_rows * batch.world_size
+    return replace(plan, batch=replace(batch, accumulation_steps=accumulation_steps, global_batch_rows=rows))
+
+
+def profile(whole: Plan, options: Options) -> int:
+    """Profile the first steps of the run's stream on this rank; the main rank says what was found. Nothing of the run is touched."""
+    from torch.cuda import is_available as has_gpu
+
+    from launch import fit, parts
+    from sft_dist.flops import Cost
+    from sft_dist.state import TrainState
+    from sft_dist.step_profile import matmul_flops
+    from sft_dist.step_profile import profile as profiled
+
+    if whole.topology.is_main and has_gpu():
+        fit.refuse_what_cannot_fit(whole, fit.model_of(whole), fit.of_this_machine(whole.topology))
+    model, made = parts.model(whole)
+    cost = Cost(model, made)
+    comms, device = parts.comms(whole)
+    whole = fit.alike(whole, comms)
+    plan = cut(whole, options.micro_batches)
+    num_steps = min(options.steps, -(-plan.rows // plan.batch.global_batch_rows))
+    plan = replace(plan, rows=min(plan.rows, num_steps * plan.batch.global_batch_rows))
+    engine = parts.engine(plan, model, device)
+    proven = parts.prove(plan, engine, made)
+
+    def steps() -> Iterator[Any]:
+        return parts.steps(plan, TrainState(), device)
+
+    comms.barrier()
+    peak = matmul_flops(device, plan.config.train.precision)  # all ranks at once: on a CPU they share it
+    comms.barrier()
+    with tempfile.TemporaryDirectory(prefix="sft-dist-") as folder:
+        trace = Path(folder) / "trace.json"
+        seen = profiled(engine, comms, steps, num_steps, trace)
+        if plan.topology.is_main:
+            _publish(trace, options.trace)
+    fed, planned = Fed.of(steps(), plan.shards.seq_len), fit.model_of(whole)
+    mine = Found(
+        seen if plan.topology.is_main else seen.without_memory(),
+        fed,
+        None if planned.has_experts else cost.flops(fed.lengths, fed.num_targets),
+        peak,
+        _sheet(device, plan),
+        fed.dense_ratio if engine.deepspeed.module.config._attn_implementation == "sdpa" else None,
+    )
+    found = comms.gather_to_main(mine)
+    comms.close()
+    if not found:
+        return 0
+    train = plan.config.train
+
+    def largest(checkpointing: bool) -> int | None:
+        if planned.has_experts:
+            return None
+        card, rows = fit.of_this_machine(plan.topology), whole.batch.accumulation_steps * whole.batch.micro_batch_rows
+        about = {"world_size": whole.batch.world_size, "rows_per_rank": rows, "checkpointing": checkpointing}
+        return planned.largest(plan.zero, card, **about)
+
+    setting = Setting(
+        train.attention,
+        has_gpu() and train.precision != "fp32",
+        zero_stage(plan.zero),
+        train.gradient_checkpointing,
+        plan.batch,
+        whole.batch,
+        largest,
+    )
+    lines = [proven, *told(plan.batch, whole.batch, found, options.trace), "", "advice:"]
+    advised = [f"  * {line}" for line in advice(found, setting)]
+    print(
+        "\n".join([*lines, *(advised or ["  none: no part stands out that a key of the run file would change"])]),
+        flush=True,
+    )
+    return 0
+
+
+def _publish(made: Path, trace: Path) -> None:
+    """Put the trace where it is wanted, in one rename; what was there is set aside."""
+    staged = trace.with_name(f".{trace.name}-{os.getpid()}.partial")
+    try:
+        content = made.read_bytes()
+        staged.write_bytes(gzip.compress(content, 6) if trace.suffix == ".gz" else content)
+        if trace.exists():
+            set_aside(trace)
+        publish(staged, trace)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _sheet(device: torch.device, plan: Plan) -> tuple[str, float] | None:
+    """(name, FLOP/s) of the GPU's data sheet, where it is known."""
+    import torch
+
+    from sft_dist.gpus import of_driver
+
+    card = of_driver(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    flops = card.flops(plan.config.train.precision) if card else None
+    return (card.name, flops) if card and flops else None
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+    except SystemExit as end:  # --help, or an option that is none
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as launch/train.py: destructors of process groups can hang
