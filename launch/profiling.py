@@ -74,9 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_file", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    parser.add_argument("--steps", type=int, default=Options.steps)
-    parser.add_argument("--micro-batches", type=int, default=Options.micro_batches)
-    parser.add_argument("--trace", type=Path, default=Options.trace)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--micro-batches", type=int, required=True)
+    parser.add_argument("--trace", type=Path, required=True)
     given = parser.parse_intermixed_args(arguments)
     _quiet()
     topology = Topology()
@@ -164,8 +164,9 @@ def profile(whole: Plan, options: Options) -> int:
         if planned.has_experts:
             return None
         card, rows = fit.of_this_machine(plan.topology), whole.batch.accumulation_steps * whole.batch.micro_batch_rows
-        about = {"world_size": whole.batch.world_size, "rows_per_rank": rows, "checkpointing": checkpointing}
-        return planned.largest(plan.zero, card, **about)
+        return planned.largest(
+            plan.zero, card, world_size=whole.batch.world_size, rows_per_rank=rows, checkpointing=checkpointing
+        )
 
     setting = Setting(
         train.attention,

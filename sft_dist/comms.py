@@ -94,7 +94,7 @@ class Comms:
             with around():
                 return wait(*arguments, **more)
 
-        dist.Work.wait = waits  # type: ignore[method-assign,assignment]
+        dist.Work.wait = waits  # type: ignore[method-assign]
         try:
             yield
         finally:

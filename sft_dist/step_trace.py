@@ -262,7 +262,7 @@ def _of_device(
     """
     work = [_work(event, launches) for event in device]
     busy, hidden = _busy(work)
-    made, at = [], 0
+    made, at = list[_Piece](), 0
     for begin, end in steps:
         now = begin
         while at < len(busy) and busy[at].begin < end:
