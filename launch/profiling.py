@@ -133,6 +133,8 @@ def profile(whole: Plan, options: Options) -> int:
     plan = replace(plan, rows=min(plan.rows, num_steps * plan.batch.global_batch_rows))
     engine = parts.engine(plan, model, device)
     proven = parts.prove(plan, engine, made)
+    if device.type == "cuda":  # memory that runs out ends with numbers, and with what would fit
+        fit.dry_step(plan, engine, parts.full_micro_batch(plan, device))
 
     def steps() -> Iterator[Any]:
         return parts.steps(plan, TrainState(), device)
