@@ -34,6 +34,11 @@ from sft_dist.zero import zero_stage
 if TYPE_CHECKING:
     import torch
 
+    from sft_dist.comms import Comms
+    from sft_dist.engine import Engine
+    from sft_dist.flops import Cost
+    from sft_dist.plan import Model
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -74,9 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_file", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--micro-batches", type=int, required=True)
-    parser.add_argument("--trace", type=Path, required=True)
+    usual = Options()
+    parser.add_argument("--steps", type=int, default=usual.steps)
+    parser.add_argument("--micro-batches", type=int, default=usual.micro_batches)
+    parser.add_argument("--trace", type=Path, default=usual.trace)
     given = parser.parse_intermixed_args(arguments)
     _quiet()
     topology = Topology()
@@ -118,14 +124,12 @@ def profile(whole: Plan, options: Options) -> int:
 
     from launch import fit, parts
     from sft_dist.flops import Cost
-    from sft_dist.state import TrainState
-    from sft_dist.step_profile import matmul_flops
-    from sft_dist.step_profile import profile as profiled
 
+    planned = fit.model_of(whole)
     if whole.topology.is_main and has_gpu():
-        fit.refuse_what_cannot_fit(whole, fit.model_of(whole), fit.of_this_machine(whole.topology))
+        fit.refuse_what_cannot_fit(whole, planned, fit.of_this_machine(whole.topology))
     model, made = parts.model(whole)
-    cost = Cost(model, made)
+    cost = None if planned.has_experts else Cost(model, made)  # before ZeRO shards the model
     comms, device = parts.comms(whole)
     whole = fit.alike(whole, comms)
     plan = cut(whole, options.micro_batches)
@@ -135,57 +139,64 @@ def profile(whole: Plan, options: Options) -> int:
     proven = parts.prove(plan, engine, made)
     if device.type == "cuda":  # memory that runs out ends with numbers, and with what would fit
         fit.dry_step(plan, engine, parts.full_micro_batch(plan, device))
+    found = comms.gather_to_main(_found(plan, engine, comms, cost, num_steps, options.trace))
+    comms.close()
+    if not found:
+        return 0
+    advised = [f"  * {line}" for line in advice(found, _setting(plan, whole, planned))]
+    nothing = ["  none: no part stands out that a key of the run file would change"]
+    lines = [proven, *told(plan.batch, whole.batch, found, options.trace), "", "advice:", *(advised or nothing)]
+    print("\n".join(lines), flush=True)
+    return 0
+
+
+def _found(plan: Plan, engine: Engine, comms: Comms, cost: Cost | None, num_steps: int, wanted: Path) -> Found:
+    """What this rank measures; every rank calls it, and the main one leaves its trace where it is `wanted`."""
+    from launch import parts
+    from sft_dist.state import TrainState
+    from sft_dist.step_profile import matmul_flops
+    from sft_dist.step_profile import profile as profiled
 
     def steps() -> Iterator[Any]:
-        return parts.steps(plan, TrainState(), device)
+        return parts.steps(plan, TrainState(), engine.device)
 
     comms.barrier()
-    peak = matmul_flops(device, plan.config.train.precision)  # all ranks at once: on a CPU they share it
+    peak = matmul_flops(engine.device, plan.config.train.precision)  # all ranks at once: on a CPU they share it
     comms.barrier()
     with tempfile.TemporaryDirectory(prefix="sft-dist-") as folder:
         trace = Path(folder) / "trace.json"
         seen = profiled(engine, comms, steps, num_steps, trace)
         if plan.topology.is_main:
-            _publish(trace, options.trace)
-    fed, planned = Fed.of(steps(), plan.shards.seq_len), fit.model_of(whole)
-    mine = Found(
+            _publish(trace, wanted)
+    fed = Fed.of(steps(), plan.shards.seq_len)
+    return Found(
         seen if plan.topology.is_main else seen.without_memory(),
         fed,
-        None if planned.has_experts else cost.flops(fed.lengths, fed.num_targets),
+        cost.flops(fed.lengths, fed.num_targets) if cost else None,
         peak,
-        _sheet(device, plan),
+        _sheet(engine.device, plan),
         fed.dense_ratio if engine.deepspeed.module.config._attn_implementation == "sdpa" else None,
     )
-    found = comms.gather_to_main(mine)
-    comms.close()
-    if not found:
-        return 0
-    train = plan.config.train
+
+
+def _setting(plan: Plan, whole: Plan, planned: Model) -> Setting:
+    """What of the run could be changed, on this machine."""
+    from torch.cuda import is_available as has_gpu
+
+    from launch import fit
+
+    train, batch = plan.config.train, whole.batch
 
     def largest(checkpointing: bool) -> int | None:
+        card, rows = fit.of_this_machine(plan.topology), batch.accumulation_steps * batch.micro_batch_rows
         if planned.has_experts:
             return None
-        card, rows = fit.of_this_machine(plan.topology), whole.batch.accumulation_steps * whole.batch.micro_batch_rows
         return planned.largest(
-            plan.zero, card, world_size=whole.batch.world_size, rows_per_rank=rows, checkpointing=checkpointing
+            plan.zero, card, world_size=batch.world_size, rows_per_rank=rows, checkpointing=checkpointing
         )
 
-    setting = Setting(
-        train.attention,
-        has_gpu() and train.precision != "fp32",
-        zero_stage(plan.zero),
-        train.gradient_checkpointing,
-        plan.batch,
-        whole.batch,
-        largest,
-    )
-    lines = [proven, *told(plan.batch, whole.batch, found, options.trace), "", "advice:"]
-    advised = [f"  * {line}" for line in advice(found, setting)]
-    print(
-        "\n".join([*lines, *(advised or ["  none: no part stands out that a key of the run file would change"])]),
-        flush=True,
-    )
-    return 0
+    has_varlen, stage = has_gpu() and train.precision != "fp32", zero_stage(plan.zero)
+    return Setting(train.attention, has_varlen, stage, train.gradient_checkpointing, plan.batch, batch, largest)
 
 
 def _publish(made: Path, trace: Path) -> None:
