@@ -125,16 +125,18 @@ def _forward_signals(asked: list[int], stop_file: Path) -> None:
         signal.signal(number, handle)
 
 
-def relay(process: subprocess.Popen) -> None:
+def relay(process: subprocess.Popen) -> bool:
     """Pass on what the ranks say on stderr, but not torchrun's own account of a failure that the ranks explained.
 
-    A second signal ends torchrun, which kills its ranks.
+    A second signal ends torchrun, which kills its ranks; returns whether that was so.
     """
     try:
         _pass_on(process)
     except KeyboardInterrupt:
         os.killpg(process.pid, signal.SIGTERM)
         _pass_on(process)
+        return True
+    return False
 
 
 def _pass_on(process: subprocess.Popen) -> None:

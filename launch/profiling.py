@@ -9,6 +9,7 @@ import argparse
 import gzip
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,14 +65,23 @@ def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: i
     local.require_gpus(processes)
     _require_place(options.trace)
     if processes == 1:
-        return profile(plan, options)
+        try:
+            return profile(plan, options)
+        except KeyboardInterrupt:
+            return _interrupted()
     settled = [*overrides, f"train.micro_batch_rows={plan.config.train.micro_batch_rows}"]
     command = local.torchrun(Path(__file__), [run_file, *settled, *options.arguments()], processes)
     with subprocess.Popen(
         command, start_new_session=True, stderr=subprocess.PIPE, text=True, errors="replace"
     ) as process:
-        local.relay(process)
+        if local.relay(process):
+            return _interrupted()
     return 128 - process.returncode if process.returncode < 0 else process.returncode
+
+
+def _interrupted() -> int:
+    print("sft-dist: interrupted", file=sys.stderr)
+    return 128 + signal.SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -63,6 +63,20 @@ def test_several_ranks_are_started_by_torchrun_and_end_with_its_code(run, tmp_pa
     ]  # fmt: skip
 
 
+def test_an_interrupted_profile_says_so_and_nothing_else(run, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(profiling, "profile", interrupted)
+    assert profiling.run(load(run), str(run), [], 1, profiling.Options(trace=tmp_path / "t.json")) == 130
+    script = tmp_path / "python"
+    script.write_text("#!/bin/bash\nsleep 0.5\nkill -INT $PPID\nsleep 30 & wait\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    assert profiling.run(load(run), str(run), [], 2, profiling.Options(trace=tmp_path / "t.json")) == 130
+    assert capsys.readouterr().err == 2 * "sft-dist: interrupted\n"
+
+
 def test_long_steps_are_cut_and_short_ones_are_not(run):
     plan = Plan.of(load(run, ["train.global_batch_rows=64"]), Topology(), Life("x"))
     assert profiling.cut(plan, 16).batch == Batch(16, 1, 16, 1)
