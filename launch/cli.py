@@ -258,6 +258,35 @@ def plan(run_file: str | None, overrides: tuple[str, ...], compare: str | None, 
 
 
 @main.command()
+@click.argument("run_file", metavar="RUN.yaml")
+@OVERRIDES
+@click.option("--nproc", type=click.IntRange(min=1), help="Processes; default: one a GPU, or one.")
+@click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Steps that are looked at.")
+@click.option(
+    "--micro-batches",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Of a step that has more, so many: a trace of thousands is too large to look at.",
+)
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    default="trace.json.gz",
+    show_default=True,
+    help="Where the trace goes, for ui.perfetto.dev; one that is there is set aside.",
+)
+def profile(run_file: str, overrides: tuple[str, ...], nproc: int | None, **options: Any) -> None:
+    """Where the time of a step goes: a table, MFU, memory, advice, and a trace. The run itself is left alone."""
+    from launch import local, profiling
+    from sft_dist.config import load
+
+    config = load(run_file, overrides)
+    chosen = profiling.Options(**options)
+    sys.exit(profiling.run(config, run_file, overrides, nproc or local.default_processes(), chosen))
+
+
+@main.command()
 @click.argument("arguments", metavar="[prepare] RUN.yaml [KEY=VALUE]... [-- SBATCH_OPTIONS]", nargs=-1, required=True)
 @click.option(
     "--nodes", default="1", show_default=True, metavar="N|MIN-MAX", help="A range: whatever there is, life by life."

@@ -56,11 +56,7 @@ def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: i
         overrides = [*overrides, f"train.micro_batch_rows={plan.config.train.micro_batch_rows}"]
     if not resume.is_fresh:
         read_lines(Path(config.run_dir) / "metrics.jsonl")
-    if 0 < num_gpus() < processes:
-        raise ConfigError(
-            f"--nproc {processes}: this machine has {num_gpus()} usable GPUs, and each process needs its own. "
-            f"Use --nproc {num_gpus()}, or CUDA_VISIBLE_DEVICES= to train on the CPU"
-        )
+    require_gpus(processes)
     lock(Path(config.run_dir)).close()  # the ranks would wait for one another before they said it
     with tempfile.TemporaryDirectory(prefix="sft-dist-") as folder:
         stop_file = Path(folder) / "stop"
@@ -70,14 +66,14 @@ def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: i
         asked: list[int] = []
         _forward_signals(asked, stop_file)
         with subprocess.Popen(
-            _command(run_file, overrides, processes, resume),
+            torchrun(_TRAIN, [run_file, *overrides, *resume.arguments()], processes),
             env=environment,
             start_new_session=True,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
         ) as process:
-            _relay(process)
+            relay(process)
         code = process.returncode
         if sys.stdout.isatty():
             sys.stdout.write(
@@ -96,14 +92,24 @@ def run(config: RunConfig, run_file: str, overrides: Sequence[str], processes: i
     return verdict.exit_code
 
 
-def _command(run_file: str, overrides: Sequence[str], processes: int, resume: Resume) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    torchrun.append("--shutdown-timeout=5")  # what a rank that waits for a dead one gets before it is killed
-    return [*torchrun, str(_TRAIN), run_file, *overrides, *resume.arguments()]
+def require_gpus(processes: int) -> None:
+    """Raises ConfigError where there are GPUs, but not one for each process."""
+    if 0 < num_gpus() < processes:
+        raise ConfigError(
+            f"--nproc {processes}: this machine has {num_gpus()} usable GPUs, and each process needs its own. "
+            f"Use --nproc {num_gpus()}, or CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+
+
+def torchrun(program: Path, arguments: Sequence[str], processes: int) -> list[str]:
+    """The command that starts so many ranks of a program on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command.append("--shutdown-timeout=5")  # what a rank that waits for a dead one gets before it is killed
+    return [*command, str(program), *arguments]
 
 
 def _forward_signals(asked: list[int], stop_file: Path) -> None:
-    """The first signal asks the ranks to stop after saving; `_relay` ends them on a second one."""
+    """The first signal asks the ranks to stop after saving; `relay` ends them on a second one."""
 
     def handle(number: int, _frame: object) -> None:
         asked.append(number)
@@ -119,16 +125,18 @@ def _forward_signals(asked: list[int], stop_file: Path) -> None:
         signal.signal(number, handle)
 
 
-def _relay(process: subprocess.Popen) -> None:
+def relay(process: subprocess.Popen) -> bool:
     """Pass on what the ranks say on stderr, but not torchrun's own account of a failure that the ranks explained.
 
-    A second signal ends torchrun, which kills its ranks.
+    A second signal ends torchrun, which kills its ranks; returns whether that was so.
     """
     try:
         _pass_on(process)
     except KeyboardInterrupt:
         os.killpg(process.pid, signal.SIGTERM)
         _pass_on(process)
+        return True
+    return False
 
 
 def _pass_on(process: subprocess.Popen) -> None:

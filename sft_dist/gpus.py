@@ -71,3 +71,28 @@ def gpu(name: str) -> Gpu:
     close = difflib.get_close_matches(name, _TABLE, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(names())}"
     raise ConfigError(f"--gpu {name!r}: not known; {hint}, or give its memory, as in 48gb")
+
+
+# What a driver calls those whose data sheet is above; others of the same name (PCIe cards, NVL) are slower, and not these.
+_DRIVER_NAMES = {
+    r"NVIDIA A10": "a10-24gb",
+    r"NVIDIA A100.*-40GB": "a100-40gb",
+    r"NVIDIA A100.*[- ]80GB.*": "a100-80gb",
+    r"NVIDIA B200": "b200-180gb",
+    r"NVIDIA H100 80GB HBM3": "h100-80gb",
+    r"NVIDIA H200": "h200-141gb",
+    r"NVIDIA L4": "l4-24gb",
+    r"NVIDIA L40S": "l40s-48gb",
+    r"AMD Instinct MI300X.*": "mi300x-192gb",
+    r"NVIDIA GeForce RTX 4090": "rtx4090-24gb",
+    r"Tesla V100-SXM2-32GB.*": "v100-32gb",
+}
+
+
+def of_driver(name: str) -> Gpu | None:
+    """The GPU that a driver calls so, if its data sheet is known.
+
+    >>> of_driver("NVIDIA H100 80GB HBM3").name, of_driver("NVIDIA H100 PCIe")
+    ('h100-80gb', None)
+    """
+    return next((gpu(ours) for theirs, ours in _DRIVER_NAMES.items() if re.fullmatch(theirs, name)), None)

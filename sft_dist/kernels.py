@@ -6,15 +6,17 @@ micro-batch, as flash attention takes them (Dao 2023, arXiv:2307.08691). transfo
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
 
 _BUCKET = 64  # the number of documents is rounded up to a multiple of it, by empty ones: few shapes
 _OWN = "sft_dist_"  # before the names of ours, which transformers must not take for its own
@@ -132,6 +134,23 @@ def candidates(device_type: str, *, is_16_bit: bool) -> list[str]:
 def draws_dropout(name: str) -> bool:
     """Whether a kernel can drop attention weights."""
     return name not in _OURS or _OURS[name][0]
+
+
+@contextlib.contextmanager
+def watched(model: PreTrainedModel, around: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Within it the kernel that the layers of a model call runs inside an `around()`."""
+    name = model.config._attn_implementation
+    kernel = ALL_ATTENTION_FUNCTIONS[name]
+
+    def attend(*arguments: Any, **more: Any) -> Any:
+        with around():
+            return kernel(*arguments, **more)
+
+    ALL_ATTENTION_FUNCTIONS[name] = attend
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[name]  # of the instance; the kernel stays registered with the class
 
 
 def use(model: PreTrainedModel, name: str) -> None:

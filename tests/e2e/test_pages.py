@@ -20,6 +20,7 @@ OWN = {
     "docs/data.md": ("test_data_page", 6),
     "docs/large-batches.md": ("test_large_batches_page", 4),
     "docs/plan.md": ("test_plan_page", 3),
+    "docs/profile.md": ("test_profile_page", 2),
 }
 
 

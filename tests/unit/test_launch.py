@@ -192,7 +192,7 @@ def test_more_processes_than_gpus_are_refused(run, monkeypatch):
 
 def test_a_rank_killed_by_the_kernel_is_named(capsys):
     said = "E1123 api.py failed (exitcode: -9) local_rank: 1 (pid: 7) of binary\n"
-    local._relay(SimpleNamespace(stderr=io.StringIO(said)))
+    local.relay(SimpleNamespace(stderr=io.StringIO(said)))
     assert capsys.readouterr().err == "sft-dist: rank 1 of this machine was killed by SIGKILL: out of memory?\n"
 
 
@@ -200,7 +200,7 @@ def test_a_rank_killed_by_the_kernel_is_named(capsys):
 def test_what_a_rank_says_comes_above_the_bar_that_it_draws(capsys, monkeypatch, is_terminal):
     for stream in (sys.stdout, sys.stderr):
         monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
-    local._relay(SimpleNamespace(stderr=io.StringIO("warning: slow\n")))
+    local.relay(SimpleNamespace(stderr=io.StringIO("warning: slow\n")))
     assert capsys.readouterr().err == "\r\x1b[2K" * is_terminal + "warning: slow\n"
 
 
@@ -496,12 +496,12 @@ ZeroDivisionError: division by zero
     ids=["an error for people", "a rank's traceback", "a chain of tracebacks", "success", "noise in between", "silence"],
 )  # fmt: skip
 def test_what_the_ranks_say_is_passed_on_but_not_torchruns_own_account(capsys, said, relayed):
-    local._relay(SimpleNamespace(stderr=io.StringIO(said)))
+    local.relay(SimpleNamespace(stderr=io.StringIO(said)))
     assert capsys.readouterr().err == relayed
 
 
 def test_a_traceback_that_was_cut_short_still_shows(capsys):
-    local._relay(SimpleNamespace(stderr=io.StringIO("Traceback (most recent call last):\n")))
+    local.relay(SimpleNamespace(stderr=io.StringIO("Traceback (most recent call last):\n")))
     assert capsys.readouterr().err == "Traceback (most recent call last):\n"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
-    "errors files phases goodput data.records glossary",
+    "errors files phases goodput data.records glossary step_trace",
     "gpus chart",
     "schema topology identity",
     "batch reference",
@@ -31,7 +31,7 @@ ROWS = [
     "checkpoint reproduce",
     "card",
     "account rollback votes evaluate export hub verify preflight health plan",
-    "trainer",
+    "trainer step_profile",
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row.split()}
 STAGES = {
@@ -55,6 +55,7 @@ TORCH_FREE = {
     "watchdog",
     "state",
     "retention",
+    "step_trace",
 } | {name for name in ROW_OF if name.startswith("data.") and name != "data.loader"}
 # module -> the only modules that may import it
 OWNERS = {
