@@ -3,8 +3,9 @@
 python benchmarks/train_step.py [--model small] [--peers PYTHON] [--json benchmarks/results/train_step.json]
 
 Each trainer of contestants.py starts in a process of its own, `--repeats` times in turns, from the same weights and on the
-same packed paragraphs of WikiText (GPT-2's tokens). Two shapes of data: `text`, where every token is learned, and `answers`, where
-the last third of each document is. No speed is told unless the losses of the first three steps agree with the plain loop's.
+same packed paragraphs of WikiText (GPT-2's tokens). Two shapes of data: `text`, where every token is learned, and `answers`,
+where the last half or sixth of each document is, a third in all. No speed is told unless the losses of the first three
+steps agree with the plain loop's.
 
 Of each step the minimum and the median over the repeats are taken, and their mean over the steps is told; what is judged is
 the median. MFU counts what the model needs (6 FLOPs a matrix parameter and token, the head at targets only, attention within documents)
@@ -112,7 +113,9 @@ def write_rows(folder: Path, seq_len: int, count: int) -> dict[str, Path]:
     (rows,) = step.micro_batches
     tokens, targets, positions = rows.tokens.numpy(), rows.targets.numpy(), rows.positions.numpy()
     is_padding = rows.documents.numpy() < 0
-    shapes = {"text": targets, "answers": targets & (positions >= 2 * lengths_of(positions) // 3)}
+    documents = np.cumsum(positions == 0).reshape(positions.shape)
+    is_answer = positions >= lengths_of(positions) * np.where(documents % 2, 1 / 2, 5 / 6)
+    shapes = {"text": targets, "answers": targets & is_answer}
     for name, learned in shapes.items():
         parts = {"tokens": tokens, "targets": learned, "positions": positions, "is_padding": is_padding}
         np.savez(folder / f"{name}.npz", **parts)
