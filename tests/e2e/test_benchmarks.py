@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict, replace
 
@@ -49,12 +50,14 @@ def test_no_speed_is_told_of_steps_that_are_not_the_same(tmp_path, monkeypatch):
     (tmp_path / "text.json").write_text(json.dumps(asdict(task)))
     leaking = replace(task, rows=str(tmp_path / "leaking.npz"))
 
-    def run(name, path, python):
-        if name == "peak":
-            return contestants.peak(task)
+    @functools.cache
+    def plain(given):
         marks = contestants.Marks(task, 0.0)
-        told = contestants.plain(leaking if name == python == "leaking" else task, marks)
+        told = contestants.plain(task if given == "task" else leaking, marks)
         return {**marks.report(), **told, "versions": {}}
+
+    def run(name, path, python):
+        return {"flops_per_second": 1e9} if name == "peak" else plain("leaking" if python == "leaking" else "task")
 
     monkeypatch.setattr(train_step, "run", run)
     about = {**dict.fromkeys(("tokens", "targets", "flops"), 1000), "steps": 3}
@@ -62,6 +65,7 @@ def test_no_speed_is_told_of_steps_that_are_not_the_same(tmp_path, monkeypatch):
     assert agreed["trl"]["losses_off"] == 0.0
     goals = train_step.judged({"zero2": agreed["trl"], "plain": agreed["plain"]}, "small", "cpu")
     assert [goal["what"].split()[0] for goal in goals] == ["cpu_seconds", "peak_mib"]  # TRL was not measured
+    assert [goal["is_met"] for goal in goals] == [True, False]  # 1.0 of each
     monkeypatch.setitem(train_step.NAMES, "leaking", "")
     with pytest.raises(SystemExit, match=r"losses differ by more than 1e-05 from the plain loop's .*'leaking': \[1"):
         train_step.compare(tmp_path / "text.json", {"plain": "", "leaking": "leaking"}, 1, about)
