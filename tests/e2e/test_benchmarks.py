@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 
 from tests.e2e.commands import ROOT, run
@@ -19,6 +22,7 @@ from tests.e2e.commands import ROOT, run
             "--layers 1 --width 64 --stages 3 --repeats 1 --train-seconds 3 --every-seconds 1 --plan-ranks 8",
             "planning",
         ),
+        ("train_step.py", "--model toy --seq-len 64 --micro-batch 2 --steps 1 --repeats 1 --shapes answers", "shapes"),
         ("accumulation.py", "--counts 8 16 --steps 2 --batch 16", "errors"),
         ("prepare.py", "--pairs {pairs} --no-scale --repeats 1", "machine"),
     ],
@@ -30,3 +34,38 @@ def test_a_benchmark_runs(tmp_path, program, more, key):
     out = tmp_path / "out.json"
     run(f"python {ROOT}/benchmarks/{program} {more.format(pairs=pairs)} --json {out}", tmp_path)
     assert key in json.loads(out.read_text())
+
+
+def test_no_speed_is_told_of_steps_that_are_not_the_same(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import contestants
+    import train_step
+
+    train_step.write_model(tmp_path / "model", "toy", 64)
+    rows = train_step.write_rows(tmp_path, 64, 12)["text"]
+    with np.load(rows) as file:
+        assert (file["positions"][:, 1:] == 0).any()  # documents that could see each other
+        np.savez(tmp_path / "leaking.npz", **dict(file) | {"positions": np.arange(64) + 0 * file["positions"]})
+    task = contestants.Task(str(rows), str(tmp_path / "model"), "", "cpu", "fp32", 4, 1, 1e-3)
+    (tmp_path / "text.json").write_text(json.dumps(asdict(task)))
+    leaking = replace(task, rows=str(tmp_path / "leaking.npz"))
+
+    @functools.cache
+    def plain(given):
+        marks = contestants.Marks(task, 0.0)
+        told = contestants.plain(task if given == "task" else leaking, marks)
+        return {**marks.report(), **told, "versions": {}}
+
+    def run(name, path, python):
+        return {"flops_per_second": 1e9} if name == "peak" else plain("leaking" if python == "leaking" else "task")
+
+    monkeypatch.setattr(train_step, "run", run)
+    about = {**dict.fromkeys(("tokens", "targets", "flops"), 1000), "steps": 3}
+    agreed = train_step.compare(tmp_path / "text.json", {"plain": "", "trl": ""}, 1, about)["results"]
+    assert agreed["trl"]["losses_off"] == 0.0
+    goals = train_step.judged({"zero2": agreed["trl"], "plain": agreed["plain"]}, "small", "cpu")
+    assert [goal["what"].split()[0] for goal in goals] == ["cpu_seconds", "peak_mib"]  # TRL was not measured
+    assert [goal["is_met"] for goal in goals] == [True, False]  # 1.0 of each
+    monkeypatch.setitem(train_step.NAMES, "leaking", "")
+    with pytest.raises(SystemExit, match=r"losses differ by more than 1e-05 from the plain loop's .*'leaking': \[1"):
+        train_step.compare(tmp_path / "text.json", {"plain": "", "leaking": "leaking"}, 1, about)
