@@ -77,7 +77,7 @@ def out_of_memory(topology):
     def fails(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    made._loss_sum = fails
+    made._scores = fails
     fit.of_this_machine = lambda topology: fit.Gpu("NVIDIA X", 8.0 * fit.GIB)
     fit.model_of = lambda plan: None
     fit.needed = lambda plan, model: SimpleNamespace(total=7.0 * fit.GIB)

@@ -20,12 +20,11 @@ from tests.workers import run_workers
 SEQ_LEN = tiny.SEQ_LEN
 
 
-class OfSets:
+class OfSets(tiny.MicroBatch):
     """A micro-batch of the tiny rows that says which set each row is from."""
 
     def __init__(self, micro_batch):
-        self.__dict__.update(vars(micro_batch))
-        self.rows = micro_batch.rows
+        super().__init__(**vars(micro_batch))
         self.sets = (self.first_ordinal + torch.arange(len(self.tokens))) % 3 % 2
 
 

@@ -53,8 +53,8 @@ class SlowSink(Kept):
 
 def _slow_loop(topology, folder):
     made, comms = tiny.engine(topology, 2, micro_batch_rows=4)
-    sink, forward = SlowSink(), made._loss_sum
-    made._loss_sum = lambda *batch: (time.sleep(NAP), forward(*batch))[1]
+    sink, forward = SlowSink(), made._scores
+    made._scores = lambda *batch: (time.sleep(NAP), forward(*batch))[1]
     before = time.perf_counter()
     journal = Journal(folder / "usage.jsonl", "7-0", 1, time.time())
     after = time.perf_counter()

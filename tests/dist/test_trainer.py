@@ -71,8 +71,8 @@ def steps(topology, count):
 def loop(topology, folder, count=6, asked_times=None, poison=(), cadence=None, slow_rank=None, bad_steps=None, stage=2, precision="fp32", scale=None, keep=3):
     made, comms = tiny.engine(topology, stage, micro_batch_rows=1, precision=precision)
     if topology.rank == slow_rank:
-        forward = made._loss_sum
-        made._loss_sum = lambda *batch: time.sleep(0.06) or forward(*batch)
+        forward = made._scores
+        made._scores = lambda *batch: time.sleep(0.06) or forward(*batch)
     if poison and topology.rank == 1:
         plant(made, poison)
     if scale is not None:
@@ -104,17 +104,17 @@ def loop(topology, folder, count=6, asked_times=None, poison=(), cadence=None, s
 
 def plant(made, poison):
     """Faults of this rank: {the n-th micro-batch that is trained on: what its loss, or only its gradient, is multiplied by}."""
-    forward, count = made._loss_sum, iter(range(10_000))
+    forward, count = made._scores, iter(range(10_000))
 
     def poisoned(*batch):
-        loss, at = forward(*batch), next(count)
+        scores, at = forward(*batch), next(count)
         factor, is_gradient = poison.get(at, (1.0, False))
         if is_gradient:
-            loss.register_hook(lambda gradient: gradient * factor)
-            return loss
-        return loss * factor
+            scores.loss.register_hook(lambda gradient: gradient * factor)
+            return scores
+        return scores._replace(loss=scores.loss * factor, log_probs=scores.log_probs * factor)
 
-    made._loss_sum = poisoned
+    made._scores = poisoned
 
 
 def test_the_rank_that_all_wait_for_is_named(tmp_path):

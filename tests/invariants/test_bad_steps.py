@@ -47,14 +47,15 @@ def run(topology, path, overrides, poisoned=(), skip_rows=0, stops_once_back=Fal
     os.environ["WORLD_SIZE"] = str(topology.world_size)
     config = load(path, overrides)
     plan = train.Plan.of(config, topology, Life("test"), train.Resume(**(resume or {"skip_rows": skip_rows})))
-    forward = Engine._loss_sum
+    forward = Engine._scores
 
     def poison(engine, micro_batch, *rest):
-        loss = forward(engine, micro_batch, *rest)
-        first = micro_batch.first_ordinal
-        return loss * float("nan") if set(poisoned) & set(range(first, first + len(micro_batch.rows))) else loss
+        scores, first = forward(engine, micro_batch, *rest), micro_batch.first_ordinal
+        is_bad = bool(set(poisoned) & set(range(first, first + len(micro_batch.rows))))
+        bad = {"loss": scores.loss * float("nan"), "log_probs": scores.log_probs * float("nan")}
+        return scores._replace(**bad) if is_bad else scores
 
-    Engine._loss_sum = poison
+    Engine._scores = poison
     return train.run_plan(plan, OnceBack(Path(config.run_dir)) if stops_once_back else StopRequest())
 
 
