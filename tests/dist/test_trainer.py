@@ -190,7 +190,7 @@ class AtTheEnd(Evaluator):
     def metrics(self, forward):
         batch = tiny.rows(0)
         for _ in range(3):
-            forward(batch.tokens, batch.positions)
+            forward(*batch.asked)
             self.count += 1
             if self.stop is not None and self.count > 3:  # the first three are those before the first step
                 self.stop.cause = "SIGTERM"
@@ -239,7 +239,7 @@ class OnTheWay(Evaluator):
     def answer(self, step, forward, metrics):
         batch = tiny.rows(0)
         for _ in range(3):
-            forward(batch.tokens, batch.positions)
+            forward(*batch.asked)
             self.count += 1
             if self.stop is not None and self.count == 3 + 3 + 1:  # the first three are those before the first step
                 self.stop.cause = "SIGTERM"

@@ -12,6 +12,7 @@ from sft_dist.schema import ModelConfig, TrainConfig
 from sft_dist.batch import derive_batch
 from sft_dist.zero import zero_config
 from sft_dist.engine import Engine
+from sft_dist.head import targets_at
 from sft_dist.optimizer import decay_groups
 from sft_dist.loss import target_log_probs
 from sft_dist.model import build, model_config
@@ -41,6 +42,11 @@ class MicroBatch:
     def rows(self) -> range:
         """Row numbers, as a loader would give them."""
         return range(len(self.tokens))
+
+    @property
+    def asked(self) -> tuple[torch.Tensor, ...]:
+        """What a model is given that is asked how likely the targets are."""
+        return (self.tokens, self.positions, *targets_at(self.tokens, self.targets, self.num_targets))
 
     @property
     def num_documents(self) -> int:
