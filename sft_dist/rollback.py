@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def targets(folder: Path, state: TrainState, resumed: TrainState) -> list[int]:
 
 
 def _by_hand(state: TrainState) -> tuple[str, ...]:
-    return tuple(note for note in state.notes if ": rolled back to step " not in note)
+    """What was changed of the stream on purpose; another learning rate or end (`step 6: train.max_steps was …`) is no reason to stay."""
+    return tuple(note for note in state.notes if not re.match(r"step \d+: (rolled back to step|train\.)", note))
 
 
 def rolled_back(back: TrainState, state: TrainState) -> tuple[TrainState, str]:

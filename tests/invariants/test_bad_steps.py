@@ -180,7 +180,7 @@ def test_a_roll_back_keeps_what_was_changed_on_purpose(task, tmp_path, change):
     assert (state["roll_backs"], state["rolled_to"]) == (1, 6)
     by_hand = [[48, 56]] if "skip_rows" in change else []
     assert [list(each) for each in state["skipped"]] == [*by_hand, [begin, begin + 24]]
-    assert len(state["notes"]) == 2
+    assert len([note for note in state["notes"] if ": train.max_steps was 6" not in note]) == 2
     assert verify_run(tmp_path / "run").is_right
 
 

@@ -37,9 +37,9 @@ def saved(folder):
 
 
 def call_export(topology, *arguments):
-    from launch import after
+    from launch import hand_over
 
-    return after.export_run(*arguments)
+    return hand_over.export_run(*arguments)
 
 
 def test_a_plateau_ends_the_run_and_its_best_checkpoint_is_kept_and_exported(tmp_path, path):

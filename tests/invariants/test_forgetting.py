@@ -52,12 +52,12 @@ def general(run_dir: Path) -> dict[int, float]:
 
 
 def measured(topology, run_dir: Path):
-    from launch import after
+    from launch import measure
 
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        after.evaluate_models((str(run_dir),), None, micro_batch_rows=3, as_json=True)
+        measure.evaluate_models((str(run_dir),), None, micro_batch_rows=3, as_json=True)
         after_json = said.getvalue()
-        after.evaluate_models((str(run_dir),), None, micro_batch_rows=3, as_json=False)
+        measure.evaluate_models((str(run_dir),), None, micro_batch_rows=3, as_json=False)
     return json.loads(after_json), said.getvalue()[len(after_json) :]
 
 

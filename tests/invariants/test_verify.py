@@ -82,10 +82,10 @@ def test_a_shard_that_changed_since_is_seen(interrupted, task, tmp_path):
 
 def certified_on(topology, run_dir, shards):
     """The certificate of a run as if its shards lay elsewhere."""
-    from launch import after
+    from launch import certify
 
-    rows_of = after.rows_of
-    after.rows_of = lambda config: rows_of(
+    rows_of = certify.rows_of
+    certify.rows_of = lambda config: rows_of(
         config.model_copy(update={"prepare": config.prepare.model_copy(update={"out": str(shards)})})
     )
     return certified(topology, run_dir)
