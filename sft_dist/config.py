@@ -56,7 +56,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read and check a run file alone: all that is needed once a run has been trained. Raises as `load` does."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such run file; name an existing one, such as {_EXAMPLE}, or write one: sft-dist init"
@@ -75,6 +75,21 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         lines = [f"{path}: {_explain(problem)}" for problem in _told_once(error.errors())]
         raise ConfigError("\n".join(lines)) from None
     return config
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as its standard has it: PyYAML takes a key that stands twice, and loses the first one in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Raises ComposerError, a YAMLError, for such a key."""
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.ScalarNode] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            before = first.setdefault((key.tag, key.value), key)
+            if before is not key:
+                what = f"the key {key.value!r} is there twice, first in line {before.start_mark.line + 1}, and again"
+                raise yaml.composer.ComposerError(None, None, what, key.start_mark)
+        return node
 
 
 _EXAMPLE = "examples/sms-spam/run.yaml"

@@ -297,6 +297,18 @@ def test_bad_yaml_is_told_with_its_line_on_one_line(tmp_path, text, line):
     assert "\n" not in message
 
 
+def test_a_key_that_stands_twice_is_told_and_not_lost(tmp_path):
+    path = written(tmp_path)
+    path.write_text(path.read_text() + "train:\n  epochs: 2\n")
+    message = refusal(path)
+    first = 1 + path.read_text().splitlines().index("train:")
+    assert f"not YAML: the key 'train' is there twice, first in line {first}, and again in " in message
+    path.write_text("train: {epochs: 1, epochs: 2}\n")
+    assert "the key 'epochs' is there twice, first in line 1, and again" in refusal(path)
+    path.write_text("a: &a {b: 1}\nc: {<<: *a, b: 2}\n")
+    assert "is there twice" not in refusal(path), "what is taken from elsewhere may be said anew"
+
+
 @pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("- a\n", "list"), ("hello\n", "str")])
 def test_a_run_file_is_a_mapping(tmp_path, text, kind):
     path = tmp_path / "run.yaml"
