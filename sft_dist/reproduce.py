@@ -78,6 +78,8 @@ def recipe(
         values["prepare"] |= {"out": f"{_AGAIN}/shards"}
     # clocks and prices do not make the same weights: what ends it is the step that was exported
     values["budget"] = {"max_tokens": config.budget.max_tokens if _is_over(run_dir, state.step) else state.tokens}
+    # who has the run again need not have its accounts, and must not write into its charts
+    values["logging"] = {"wandb": None, "mlflow": None}
     values["reproduces"] = wanted.model_dump()
     return _head(config, wanted) + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
