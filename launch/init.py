@@ -65,7 +65,7 @@ def preset(name: str) -> str:
         if (path := folder / f"{name}.yaml").is_file():
             return path.read_text()
     near = difflib.get_close_matches(name, presets(), n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(presets())}"
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(presets())}."
     raise ConfigError(
         f"--preset {name!r}: no such preset; {hint} For any other model say --model, with its hub id or folder"
     )
