@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sft_dist.errors import ConfigError
+from sft_dist.reference import ELSEWHERE
 from sft_dist.schema import RunConfig
 from sft_dist.zero import zero_config, zero_stage
 
@@ -119,8 +120,13 @@ def _explain(problem: Any) -> str:
     known = _keys_at(RunConfig, problem["loc"][:-1])
     if kind == "extra_forbidden":
         close = difflib.get_close_matches(where[-1], known, n=1)
-        remedy = f"did you mean {'.'.join([*where[:-1], close[0]])}?" if close else f"keys here: {', '.join(known)}"
+        meant = ELSEWHERE.get(where[-1]) or ".".join([*where[:-1], *close]) * bool(close)
+        remedy = f"did you mean {meant}?" if meant else f"keys here: {', '.join(known)}"
         return f"{key}: unknown key (value {value!r}); {remedy}"
+    if kind == "model_type":
+        return (
+            f"{key}: {value!r} is not allowed: it is a section with keys of its own; `sft-dist keys {key}` tells them"
+        )
     if kind == "missing":
         return f"{key}: missing, and it has no default; add it"
     rule = problem["msg"].removeprefix("Value error, ")

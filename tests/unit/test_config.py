@@ -117,6 +117,7 @@ def test_a_malformed_override_is_quoted_with_a_remedy(tmp_path, override, messag
 
 UNKNOWN = [
     ("train__lerning_rate", 1e-5, "train.lerning_rate: unknown key (value 1e-05); did you mean train.learning_rate?"),
+    ("train__lr", 1e-5, "train.lr: unknown key (value 1e-05); did you mean train.learning_rate?"),
     ("run_dri", "x", "run_dri: unknown key (value 'x'); did you mean run_dir?"),
     ("checkpoint__keep_lats", 1, "checkpoint.keep_lats: unknown key (value 1); did you mean checkpoint.keep_last?"),
     (
@@ -195,7 +196,7 @@ WRONG = [
     ("prepare__seq_len", 4, "prepare.seq_len: 4 is not allowed: ", "greater than or equal to 16; correct the value"),
     ("prepare__sources", [], "prepare.sources: [] is not allowed: ", "correct the value"),
     ("prepare__tokenizer", {"sentencepiece": {"vocab_size": 100}}, "prepare.tokenizer.sentencepiece.vocab_size: 100 is not allowed: ", "greater than or equal to 300; correct the value"),
-    ("train", "fast", "train: 'fast' is not allowed: ", "correct the value"),
+    ("train", "fast", "train: 'fast' is not allowed: ", "a section with keys of its own; `sft-dist keys train` tells them"),
 ]  # fmt: skip
 
 
