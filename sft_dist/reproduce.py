@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -85,8 +86,12 @@ def recipe(
 
 
 def _is_over(run_dir: Path, step: int) -> bool:
-    verdicts = [json.loads(file.read_text()) for file in (run_dir / "verdicts").glob("*.json")]
-    return any((verdict["reason"], verdict["step"]) == ("completed", step) for verdict in verdicts)
+    for file in (run_dir / "verdicts").glob("*.json"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged one says nothing
+            verdict = json.loads(file.read_text())
+            if (verdict["reason"], verdict["step"]) == ("completed", step):
+                return True
+    return False
 
 
 def caveats_of(run_dir: Path, state: TrainState) -> Iterator[str]:

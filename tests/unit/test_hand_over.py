@@ -28,6 +28,17 @@ def test_the_run_that_is_made_again_writes_into_nobodys_charts(tmp_path, monkeyp
     assert "inside" not in text
 
 
+def test_a_damaged_verdict_says_nothing_and_stops_no_export(tmp_path):
+    folder = tmp_path / "verdicts"
+    folder.mkdir()
+    (folder / "a.json").write_text('{"rea')
+    (folder / "b.json").write_text("[]")
+    assert not reproduce._is_over(tmp_path, 3)
+    (folder / "c.json").write_text(json.dumps({"reason": "completed", "step": 3}))
+    assert reproduce._is_over(tmp_path, 3)
+    assert not reproduce._is_over(tmp_path, 2)
+
+
 def test_fields_of_another_version_do_not_reach_the_card(tmp_path):
     line = {"step": 3, "validation_loss": 2.5, "validation_remark": "good", "general_curve": [1], "loss": 1.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
