@@ -495,10 +495,11 @@ def chat(model: str, prompt: str | None, system: str | None, max_new_tokens: int
     Without a terminal each line of the input is a question of its own, and its answer is a line of the output, with \\n for a line end.
     """
     from launch import chat as chatting
+    from sft_dist.data.view import visible
 
     decoding = chatting.Decoding(max_new_tokens, **drawing)
     if prompt is not None:
-        click.echo(chatting.answer_prompt(model, prompt, decoding, system))
+        click.echo(visible(chatting.answer_prompt(model, prompt, decoding, system)))
     elif sys.stdin.isatty():
         chatting.converse(model, decoding, system)
     else:

@@ -23,7 +23,7 @@ from sft_dist import __version__
 from sft_dist.gpus import GIB
 
 _OWN = "sft-dist"
-_NOT_FOR_USERS = {"test", "bench", "docs", "dev", "data"}  # extras
+_NOT_FOR_USERS = {"test", "bench", "docs", "dev", "data", "lint"}  # extras
 _IMPORT_SECONDS = 120.0  # a busy machine takes 20 for DeepSpeed
 _HUB_SECONDS = 4.0
 _SAMPLE_BYTES = 64 << 20
@@ -355,9 +355,18 @@ def slurm() -> Iterator[Check]:
         return
     try:
         done = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, timeout=20)
-        found = done.stdout.strip() or done.stderr.strip()
     except (OSError, subprocess.TimeoutExpired):
         found = "its clients are there, sinfo gives no answer"
+    else:
+        found = (done.stdout.strip() or done.stderr.strip() or "no answer").splitlines()[0]
+        if done.returncode:
+            yield Check(
+                "SLURM",
+                False,
+                f"its clients are there, and know of no cluster ({found})",
+                "on a login node, or with SLURM_CONF naming the cluster's slurm.conf; needed for sft-dist submit only",
+            )
+            return
     yield Check("SLURM", True, found)
 
 

@@ -6,11 +6,15 @@ import re
 from pathlib import Path
 
 import torch
+import transformers
 
 from sft_dist.errors import ConfigError
 from sft_dist.export import export
 from sft_dist.hub import Hub
 from sft_dist.retention import list_folders
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 _SIZE = re.compile(r"\d+(\.\d+)?[KMGT]B")
 

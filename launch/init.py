@@ -38,6 +38,7 @@ _COLUMNS = {
 }
 _LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "intent")
 _SAMPLE_ROWS = 200
+_LABEL_ROWS = 20_000  # a file that is sorted by class shows the others late
 _MOST_LABELS = 20  # that are spelled out in the prompt
 
 
@@ -65,7 +66,7 @@ def preset(name: str) -> str:
         if (path := folder / f"{name}.yaml").is_file():
             return path.read_text()
     near = difflib.get_close_matches(name, presets(), n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(presets())}"
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(presets())}."
     raise ConfigError(
         f"--preset {name!r}: no such preset; {hint} For any other model say --model, with its hub id or folder"
     )
@@ -172,11 +173,11 @@ def _source(path: str, format: str | None) -> dict[str, Any]:
     return source
 
 
-def _rows(source: dict[str, Any]) -> list[dict[Any, Any]]:
+def _rows(source: dict[str, Any], most: int = _SAMPLE_ROWS) -> list[dict[Any, Any]]:
     """The first records that have columns; of a table without a header the columns are numbers."""
     if source.get("format") in ("megatron", "nanogpt"):
         return []
-    found = first_rows(SourceConfig(**source), _SAMPLE_ROWS, is_headed=False)
+    found = first_rows(SourceConfig(**source), most, is_headed=False)
     rows = [row for _, row in found if isinstance(row, dict)]
     if not rows or not all(isinstance(name, int) for name in rows[0]):
         return rows
@@ -200,6 +201,8 @@ def _guessed(rows: list[dict[Any, Any]]) -> dict[str, Any]:
 
 def _with_labels(found: Look, rows: list[dict[Any, Any]]) -> Look:
     column = found.source.get("label", "label")
+    if not found.source["path"].startswith(HUB):
+        rows = _rows(found.source, _LABEL_ROWS)
     seen = sorted({str(row[column]).strip() for row in rows if str(row.get(column, "")).strip()})
     return replace(found, labels=tuple(seen))
 
@@ -258,7 +261,7 @@ def _about(text: str) -> str:
 
 def _classify(labels: tuple[str, ...]) -> str:
     """The prompt of a classification; the labels are spelled out where they are few."""
-    which = f" Labels: {', '.join(labels)}." if 0 < len(labels) <= _MOST_LABELS else ""
+    which = f" Labels: {', '.join(labels)}." if 1 < len(labels) <= _MOST_LABELS else ""
     which = which.replace("{", "(").replace("}", ")")
     return json.dumps(f"Classify this text.{which}\n{{text}}\nLabel:", ensure_ascii=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def opened(model: str) -> tuple[Any, str, dict[str, str]]:
         trained = read_run(Path(model))
         sets = dict(zip(trained.config.set_names, trained.config.shards_dirs, strict=True))
         return trained.model, str(trained.tokenizer), sets
+    _require_no_slip(Path(model))
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             model, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
@@ -48,3 +50,18 @@ def opened(model: str) -> tuple[Any, str, dict[str, str]]:
     folders = [known["shards"]] if isinstance(known["shards"], str) else known["shards"]
     names = known.get("sets") or (measure.file_names(folders) if folders else [])
     return loaded, model, dict(zip(names, folders, strict=True))
+
+
+def _require_no_slip(model: Path) -> None:
+    """A run's name that is misspelt looks like an id of the hub, which need not hear of it. Raises ConfigError."""
+    if model.exists() or model.parent == Path("."):
+        return
+    runs = [path.parent.name for path in sorted(model.parent.glob("*/run.yaml"))]
+    if runs:
+        near = difflib.get_close_matches(model.name, runs, n=1)
+        hint = (
+            f"did you mean {model.parent / near[0]}?" if near else f"of {model.parent} there are {', '.join(runs[:10])}"
+        )
+        raise ConfigError(
+            f"{model}: neither a run folder nor a model ({hint}). Name a run_dir, an export, or a Hugging Face id"
+        )

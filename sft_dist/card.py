@@ -18,7 +18,7 @@ from sft_dist.data.sources import HUB
 from sft_dist.data.view import Bar, Overview, prepared
 from sft_dist.errors import DataError
 from sft_dist.manifest import read_manifest
-from sft_dist.metrics import read_lines
+from sft_dist.metrics import numbers, read_lines
 from sft_dist.reproduce import commands, environment_of
 from sft_dist.schema import RunConfig
 from sft_dist.state import TrainState
@@ -181,7 +181,7 @@ def _metadata(name: str, config: RunConfig, metrics: Mapping[str, float]) -> Mod
         language=config.prepare.curate.languages if config.prepare else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["sft", "sft-dist", "generated_from_trainer"],
+        tags=["sft", "sft-dist"],
         datasets=datasets or None,
         metrics=[result.metric_type for result in results] or None,
         model_name=name if results else None,
@@ -199,7 +199,8 @@ def _measured(run_dir: Path, step: int) -> dict[str, float]:
     found: dict[str, float] = {}
     for line in lines:
         if line.get("step") == step:
-            found |= {k: v for k, v in line.items() if k.startswith(("validation_", "general_")) and math.isfinite(v)}
+            measured = ((k, v) for k, v in numbers(line).items() if k.startswith(("validation_", "general_")))
+            found |= {k: v for k, v in measured if math.isfinite(v)}
     return {name.removeprefix("validation_"): value for name, value in found.items()}
 
 

@@ -74,6 +74,10 @@ class Chart:
         xs = [x for line in self.lines for x, _ in line.points]
         return (min(xs), max(xs)) if min(xs) < max(xs) else (min(xs) - 0.5, max(xs) + 0.5)
 
+    def x_ticks(self) -> list[float]:
+        """Round numbers within that range; there is no step between two steps."""
+        return [x for x in ticks(*self.x_range(), 6) if self.x_label != "step" or x == int(x)]
+
     def y_range(self) -> tuple[float, float]:
         """With a little room, to whole ticks where it begins at zero."""
         values = [y for line in self.lines for _, y in line.points]
@@ -242,7 +246,7 @@ def lay_out(chart: Chart) -> Drawing:
         drawn.append(Drawn(line, path, tuple(itertools.chain(*places) if is_dotted else alone)))
     return Drawing(
         chart,
-        [(100 * across(x), short(x)) for x in ticks(left, right, 6)],
+        [(100 * across(x), short(x)) for x in chart.x_ticks()],
         [(100 * down(y), short(y)) for y in (log_ticks if is_log else ticks)(low, high)],
         [(100 * across(mark.x), mark) for mark in chart.marks if left <= mark.x <= right],
         drawn,
@@ -314,10 +318,10 @@ def write_png(chart: Chart, path: Path, *, is_dark: bool = False) -> None:
     axes.set_ylim(*chart.y_range())
     if chart.is_log:
         axes.set_yscale("log")
-    (low, high), (left, right) = chart.y_range(), chart.x_range()
+    low, high = chart.y_range()
     axes.yaxis.set_major_locator(FixedLocator((log_ticks if chart.is_log else ticks)(low, high)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_locator(FixedLocator(ticks(left, right, 6)))
+    axes.xaxis.set_major_locator(FixedLocator(chart.x_ticks()))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.grid(axis="y", color=grid, linewidth=0.8)

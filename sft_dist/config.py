@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sft_dist.errors import ConfigError
+from sft_dist.reference import ELSEWHERE
 from sft_dist.schema import RunConfig
 from sft_dist.zero import zero_config, zero_stage
 
@@ -56,7 +57,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read and check a run file alone: all that is needed once a run has been trained. Raises as `load` does."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such run file; name an existing one, such as {_EXAMPLE}, or write one: sft-dist init"
@@ -75,6 +76,21 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         lines = [f"{path}: {_explain(problem)}" for problem in _told_once(error.errors())]
         raise ConfigError("\n".join(lines)) from None
     return config
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as its standard has it: PyYAML takes a key that stands twice, and loses the first one in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Raises ComposerError, a YAMLError, for such a key."""
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.ScalarNode] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            before = first.setdefault((key.tag, key.value), key)
+            if before is not key:
+                what = f"the key {key.value!r} is there twice, first in line {before.start_mark.line + 1}, and again"
+                raise yaml.composer.ComposerError(None, None, what, key.start_mark)
+        return node
 
 
 _EXAMPLE = "examples/sms-spam/run.yaml"
@@ -104,8 +120,13 @@ def _explain(problem: Any) -> str:
     known = _keys_at(RunConfig, problem["loc"][:-1])
     if kind == "extra_forbidden":
         close = difflib.get_close_matches(where[-1], known, n=1)
-        remedy = f"did you mean {'.'.join([*where[:-1], close[0]])}?" if close else f"keys here: {', '.join(known)}"
+        meant = ELSEWHERE.get(where[-1]) or ".".join([*where[:-1], *close]) * bool(close)
+        remedy = f"did you mean {meant}?" if meant else f"keys here: {', '.join(known)}"
         return f"{key}: unknown key (value {value!r}); {remedy}"
+    if kind == "model_type":
+        return (
+            f"{key}: {value!r} is not allowed: it is a section with keys of its own; `sft-dist keys {key}` tells them"
+        )
     if kind == "missing":
         return f"{key}: missing, and it has no default; add it"
     rule = problem["msg"].removeprefix("Value error, ")

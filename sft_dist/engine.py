@@ -228,11 +228,11 @@ def _suspects(losses: torch.Tensor, rows: list[Any], *, is_loss: bool) -> tuple[
 
 
 def _initialize(model: torch.nn.Module, adam: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]  # DeepSpeed's autotuner would load it, for a second a rank
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # which its import sets
     if sys.modules["mlflow"] is None:
         del sys.modules["mlflow"]
     # On a CPU, DeepSpeed would compile this shared-memory op for minutes, and needs a compiler; gloo does the work.

@@ -138,6 +138,8 @@ def _write_model(staged: Path, trained: Trained, max_shard_size: str | None) -> 
         do_sample=False,
     )
     trained.model.save_pretrained(staged, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
+    for file in staged.glob("*.safetensors"):  # which are written for their owner alone, whatever the umask
+        file.chmod((staged / "config.json").stat().st_mode)
     return tokenizer
 
 

@@ -36,6 +36,16 @@ _SUFFIXES = {"ratio": "share", "fraction": "share"} | {
     name: name for name in ("tokens", "rows", "steps", "seconds", "samples", "characters", "words", "blocks")
 }
 
+ELSEWHERE = {
+    "lr": "train.learning_rate", "batch_size": "train.global_batch_rows", "deepspeed": "zero", "report_to": "logging",
+    "per_device_train_batch_size": "train.micro_batch_rows", "gradient_accumulation_steps": "train.global_batch_rows",
+    "num_train_epochs": "train.epochs", "lr_scheduler_type": "train.schedule",
+    "bf16": "train.precision", "fp16": "train.precision", "output_dir": "run_dir", "logging_steps": "train.log_every_steps",
+    "max_length": "prepare.seq_len", "max_seq_length": "prepare.seq_len", "block_size": "prepare.seq_len",
+    "eval_steps": "evaluate.every_steps", "save_steps": "checkpoint.every_steps", "save_total_limit": "checkpoint.keep_last",
+}  # fmt: skip
+"""What other trainers call a thing -> the key that it is here, or that decides it."""
+
 
 def _given(name: str) -> dict[str, Any]:
     return {"required": [name], "properties": {name: {"not": {"enum": [None, []]}}}}
@@ -221,7 +231,8 @@ def _found(path: str) -> Key:
         return plain[asked]
     last = asked.rpartition(".")[2]
     same = [known for known in plain if known.rpartition(".")[2] == last]
-    near = same or difflib.get_close_matches(asked, plain, n=3)
+    known_elsewhere = [ELSEWHERE[last]] if last in ELSEWHERE else []
+    near = same or known_elsewhere or difflib.get_close_matches(asked, plain, n=3)
     if not near:
         names = difflib.get_close_matches(last, {known.rpartition(".")[2] for known in plain}, n=1)
         near = [known for known in plain if known.rpartition(".")[2] in names]

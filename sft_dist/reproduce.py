@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -78,13 +79,19 @@ def recipe(
         values["prepare"] |= {"out": f"{_AGAIN}/shards"}
     # clocks and prices do not make the same weights: what ends it is the step that was exported
     values["budget"] = {"max_tokens": config.budget.max_tokens if _is_over(run_dir, state.step) else state.tokens}
+    # who has the run again need not have its accounts, and must not write into its charts
+    values["logging"] = {"wandb": None, "mlflow": None}
     values["reproduces"] = wanted.model_dump()
     return _head(config, wanted) + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _is_over(run_dir: Path, step: int) -> bool:
-    verdicts = [json.loads(file.read_text()) for file in (run_dir / "verdicts").glob("*.json")]
-    return any((verdict["reason"], verdict["step"]) == ("completed", step) for verdict in verdicts)
+    for file in (run_dir / "verdicts").glob("*.json"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged one says nothing
+            verdict = json.loads(file.read_text())
+            if (verdict["reason"], verdict["step"]) == ("completed", step):
+                return True
+    return False
 
 
 def caveats_of(run_dir: Path, state: TrainState) -> Iterator[str]:

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import BufferedWriter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,18 +54,10 @@ class TensorBoard:
         step, at = record["step"], record.get("at", time.time())
         if values := numbers(record):
             self._draw(step, at, values)
-        for answers in _of(record, "samples", list):
-            for number, answer in enumerate(answers):
-                self._add("", _text(f"samples/{number}", _answer(answer)), step, at)
-        for matrix in _of(record, "confusion", dict):
-            self._add("", _text("validation/confusion", _markdown(matrix)), step, at)
-        for distribution in _of(record, "document_losses", dict):
-            self._add("", _histogram("validation/document_losses", distribution), step, at)
-        for config in _of(record, "config", dict):
-            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-            self._add("", _text("config", f"```yaml\n{text}```"), step, at)
-            for summary in _hparams(config):
-                self._add("", summary, step, at)
+        for kind, (type_, draw) in _DRAWN.items():
+            for what in _of(record, kind, type_):
+                for summary in _as_far_as_known(draw, what):
+                    self._add("", summary, step, at)
         if flush:
             self._flush()
 
@@ -164,6 +156,40 @@ class _EventFile:
 def _of(record: Mapping[str, Any], kind: str, type_: type) -> list[Any]:
     """What a record holds of a kind, if it is what we would have written."""
     return [record[kind]] if isinstance(record.get(kind), type_) else []
+
+
+def _as_far_as_known(draw: Callable[[Any], Iterator[Summary]], what: Any) -> list[Summary]:
+    """The summaries of it; none of what another version wrote in a shape of its own."""
+    try:
+        return list(draw(what))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return []
+
+
+def _samples(answers: list[Mapping[str, str]]) -> Iterator[Summary]:
+    return (_text(f"samples/{number}", _answer(answer)) for number, answer in enumerate(answers))
+
+
+def _confusion(matrix: Mapping[str, Any]) -> Iterator[Summary]:
+    yield _text("validation/confusion", _markdown(matrix))
+
+
+def _document_losses(distribution: Mapping[str, Any]) -> Iterator[Summary]:
+    yield _histogram("validation/document_losses", distribution)
+
+
+def _config(config: Mapping[str, Any]) -> Iterator[Summary]:
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    yield _text("config", f"```yaml\n{text}```")
+    yield from _hparams(config)
+
+
+_DRAWN: dict[str, tuple[type, Callable[[Any], Iterator[Summary]]]] = {
+    "samples": (list, _samples),
+    "confusion": (dict, _confusion),
+    "document_losses": (dict, _document_losses),
+    "config": (dict, _config),
+}
 
 
 def _scalars(values: Mapping[str, float]) -> Summary:

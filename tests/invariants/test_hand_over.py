@@ -73,6 +73,10 @@ def test_the_export_answers_as_the_trainer_did(given):
     assert plain == chat == [sample["answer"].strip() for sample in samples]
 
 
+def test_whoever_may_read_the_card_may_read_the_weights(given):
+    assert len({path.stat().st_mode for path in (given / "run" / "export").iterdir()}) == 1
+
+
 def test_the_card_tells_what_the_run_knows(given):
     card = ModelCard.load(given / "run" / "export" / "README.md")
     measured = runs.measured(given / "run", 6)

@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch import chat
 from launch.chat import Decoding, Detokeniser, Stream
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.errors import ConfigError
 from tests.e2e.commands import ROOT
+from tests.unit.prepared_runs import sft_dist
 
 GPT2 = Tokenizer.load(str(ROOT / "examples" / "tokenizers" / "gpt2"))
 
@@ -51,6 +53,11 @@ def test_white_space_before_an_answer_is_left_out():
         stream.put(torch.tensor([token]))
     stream.end()
     assert "".join(said) == "a\n\nb"
+
+
+def test_one_answer_shows_control_characters_as_signs(monkeypatch):
+    monkeypatch.setattr(chat, "answer_prompt", lambda *_: "a\x1b[31m\nb")
+    assert sft_dist("chat", "x", "--prompt", "hi").stdout == "a␛[31m\nb\n"
 
 
 @pytest.mark.parametrize("more", [{"top_p": 0.9}, {"seed": 1}])

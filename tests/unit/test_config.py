@@ -117,6 +117,7 @@ def test_a_malformed_override_is_quoted_with_a_remedy(tmp_path, override, messag
 
 UNKNOWN = [
     ("train__lerning_rate", 1e-5, "train.lerning_rate: unknown key (value 1e-05); did you mean train.learning_rate?"),
+    ("train__lr", 1e-5, "train.lr: unknown key (value 1e-05); did you mean train.learning_rate?"),
     ("run_dri", "x", "run_dri: unknown key (value 'x'); did you mean run_dir?"),
     ("checkpoint__keep_lats", 1, "checkpoint.keep_lats: unknown key (value 1); did you mean checkpoint.keep_last?"),
     (
@@ -195,7 +196,7 @@ WRONG = [
     ("prepare__seq_len", 4, "prepare.seq_len: 4 is not allowed: ", "greater than or equal to 16; correct the value"),
     ("prepare__sources", [], "prepare.sources: [] is not allowed: ", "correct the value"),
     ("prepare__tokenizer", {"sentencepiece": {"vocab_size": 100}}, "prepare.tokenizer.sentencepiece.vocab_size: 100 is not allowed: ", "greater than or equal to 300; correct the value"),
-    ("train", "fast", "train: 'fast' is not allowed: ", "correct the value"),
+    ("train", "fast", "train: 'fast' is not allowed: ", "a section with keys of its own; `sft-dist keys train` tells them"),
 ]  # fmt: skip
 
 
@@ -295,6 +296,18 @@ def test_bad_yaml_is_told_with_its_line_on_one_line(tmp_path, text, line):
     assert f"line {line}" in message
     assert message.endswith(". Mend that line")
     assert "\n" not in message
+
+
+def test_a_key_that_stands_twice_is_told_and_not_lost(tmp_path):
+    path = written(tmp_path)
+    path.write_text(path.read_text() + "train:\n  epochs: 2\n")
+    message = refusal(path)
+    first = 1 + path.read_text().splitlines().index("train:")
+    assert f"not YAML: the key 'train' is there twice, first in line {first}, and again in " in message
+    path.write_text("train: {epochs: 1, epochs: 2}\n")
+    assert "the key 'epochs' is there twice, first in line 1, and again" in refusal(path)
+    path.write_text("a: &a {b: 1}\nc: {<<: *a, b: 2}\n")
+    assert "is there twice" not in refusal(path), "what is taken from elsewhere may be said anew"
 
 
 @pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("- a\n", "list"), ("hello\n", "str")])

@@ -125,6 +125,10 @@ def test_packages_that_do_not_go_together(monkeypatch, done, found):
     assert check.remedy
 
 
+def test_extras_for_who_works_on_it_are_not_told():
+    assert not {"[lint]", "[test]", "[docs]", "[bench]"} & by_name(doctor.extras()).keys()
+
+
 def test_an_extra_that_is_missing_is_not_needed(monkeypatch):
     real = metadata.version
 
@@ -237,8 +241,13 @@ def test_a_cluster_or_none(monkeypatch):
         "squeue not found: needed for sft-dist submit only",
     )
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
-    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="slurm 24.05.2\n", stderr=""))
+    done = SimpleNamespace(stdout="slurm 24.05.2\n", stderr="", returncode=0)
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: done)
     assert next(doctor.slurm()).found == "slurm 24.05.2"
+    done = SimpleNamespace(stdout="", stderr="sinfo: error: Unknown host\nsinfo: fatal: no source\n", returncode=1)
+    [check] = doctor.slurm()
+    assert (check.works, check.is_needed) == (False, False)
+    assert check.found == "its clients are there, and know of no cluster (sinfo: error: Unknown host)", "on one line"
     monkeypatch.setattr(
         doctor.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(subprocess.TimeoutExpired([], 20))
     )

@@ -167,7 +167,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(here):
     assert "a/b.yaml: there is no folder a; make it" in refused("a/b.yaml", "--data", SMS)
     assert "--data is missing: the file, glob, folder or hf:ID" in refused("b.yaml")
     assert "did you mean gpt2-xl?" in refused("b.yaml", "--data", SMS, "--preset", "gpt2xl")
-    assert "there are tiny, gpt2, " in refused("b.yaml", "--data", SMS, "--preset", "zzz")
+    assert "gpt2-xl, llama-1b, llama-70b, llama-8b. For any" in refused("b.yaml", "--data", SMS, "--preset", "zzz")
     assert "give one of them" in refused("b.yaml", "--data", SMS, "--preset", "tiny", "--model", "x")
     assert "no such file" in refused("b.yaml", "--data", "nowhere.jsonl")
     assert "no such file" in refused("b.yaml", "--data", SMS, "--preset", "tiny", "--validation", "nowhere.jsonl")
@@ -299,3 +299,12 @@ def test_what_is_written_is_yaml_however_things_are_called(here):
     config = load("run.yaml")
     assert (config.prepare.sources[0].path, config.run_dir) == ("a #b: {c}.jsonl", "runs/# 1: x")
     assert yaml.safe_load((here / "run.yaml").read_text())["prepare"]["out"] == "runs/# 1: x/shards"
+
+
+def test_labels_that_come_late_are_named_and_a_single_one_is_not(tmp_path):
+    path = tmp_path / "sorted.csv"
+    path.write_text(
+        "text,label\n" + "".join(f"text {number},{'ham' if number < 900 else 'spam'}\n" for number in range(999))
+    )
+    assert init.look(str(path)).labels == ("ham", "spam")
+    assert "Labels" not in init._classify(("ham",))

@@ -628,6 +628,14 @@ def model(shards, tmp_path_factory):
 
 def test_what_cannot_be_evaluated_is_one_line(model, shards, tmp_path):
     one_line(sft_dist("eval", tmp_path / "nowhere"), 2, "nowhere: neither a run folder nor a model (")
+    (tmp_path / "sms").mkdir()
+    (tmp_path / "sms" / "run.yaml").touch()
+    one_line(
+        sft_dist("eval", tmp_path / "smss"), 2, f"neither a run folder nor a model (did you mean {tmp_path / 'sms'}?)"
+    )
+    one_line(
+        sft_dist("eval", tmp_path / "q"), 2, f"neither a run folder nor a model (of {tmp_path} there are sms). Name"
+    )
     one_line(sft_dist("eval", model), 2, "no shards are known for it; name prepared ones with --shards FOLDER")
     one_line(
         sft_dist("eval", model, "--shards", tmp_path), 2, "has no validation split; set prepare.validation_fraction"

@@ -198,6 +198,8 @@ def test_keys_at_the_terminal():
         ("train.lerning_rate", "did you mean train.learning_rate"),
         ("learning_rate", "did you mean train.learning_rate?"),
         ("lerning_rate", "did you mean train.learning_rate"),
+        ("trian.lr", "did you mean train.learning_rate?"),
+        ("num_train_epochs", "did you mean train.epochs?"),
         ("qqqq", "all there are: sft-dist keys"),
     ],
 )
@@ -207,6 +209,12 @@ def test_a_key_that_there_is_not_leads_to_the_nearest(path, hint):
     assert f"{path}: no such key of a run file; {hint}" in result.stderr
     with pytest.raises(ConfigError, match=re.escape(hint)):
         explain(path)
+
+
+def test_names_of_other_trainers_lead_to_keys_and_are_none():
+    names = {path.rpartition(".")[2] for path in keys()}
+    assert set(reference.ELSEWHERE.values()) <= keys().keys()
+    assert not names & reference.ELSEWHERE.keys()
 
 
 def test_the_page_is_all_keys():

@@ -253,6 +253,14 @@ def test_steps_that_are_absent_are_a_gap_and_said(tmp_path):
     made_page(run.folder)
 
 
+def test_there_is_no_step_between_two_steps():
+    points = ((1, 2.0), (2, 1.0), (4, 0.5))
+    of_steps, of_hours = (Chart("a", "A", "u", (Line("a", points, 0),), x_label) for x_label in ("step", "GPU-hours"))
+    assert of_steps.x_ticks() == [1, 2, 3, 4]
+    assert 1.5 in of_hours.x_ticks()
+    assert [text for _, text in lay_out(of_steps).x_ticks] == ["1", "2", "3", "4"]
+
+
 def test_older_and_poorer_run_folders_say_what_they_lack(tmp_path):
     old = read_run(run_folder(tmp_path / "old", version=False))
     assert old.notes == ["The run is of a version that did not record where its time went: there is no goodput."]

@@ -177,6 +177,21 @@ def test_records_of_another_version_are_drawn_as_far_as_they_are_known(tmp_path)
     assert charts(tmp_path) == {(".", "train/loss"): [(1, 2.5), (2, 2.25)]}
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"samples": [{"prompt": "a", "answer": "b"}]},
+        {"samples": ["a"]},
+        {"confusion": {"labels": ["a"]}},
+        {"document_losses": {"edges": []}},
+        {"config": {"train": None}},
+    ],
+)
+def test_what_another_version_wrote_in_its_own_shape_ends_no_run(tmp_path, odd):
+    TensorBoard(tmp_path, [{"step": 1, **odd}, {"step": 2, "loss": 2.5}]).close()
+    assert [event.value for event in accumulated(tmp_path).Scalars("train/loss")] == [2.5]
+
+
 def test_event_files_of_others_are_left_alone(tmp_path):
     theirs = tmp_path / "tensorboard/events.out.tfevents.1.host.1.0"
     theirs.parent.mkdir()
