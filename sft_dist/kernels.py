@@ -161,3 +161,5 @@ def use(model: PreTrainedModel, name: str) -> None:
     if dropouts and not draws_dropout(name):  # a proof in evaluation mode would not see it
         raise ValueError(f"it draws no dropout, and the model has {dropouts}")
     model.set_attn_implementation(_registered(name))
+    if name != "sdpa" and model.config._attn_implementation == "sdpa":  # transformers only warns
+        raise ValueError("this model's layers do not let their kernel be set")

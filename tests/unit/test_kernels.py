@@ -183,6 +183,14 @@ def test_a_kernel_without_dropout_is_not_taken_for_a_model_with_it(name, monkeyp
     ]
 
 
+def test_a_model_whose_kernel_cannot_be_set_is_not_said_to_use_it(monkeypatch):
+    model, _ = made("llama")
+    monkeypatch.setattr(model, "_can_set_attn_implementation", lambda: False)
+    with pytest.raises(ValueError, match="do not let their kernel be set"):
+        use(model, "by_document")
+    use(model, "sdpa")
+
+
 def test_dropout_of_one_document_after_another_is_drawn():
     model, head = made("gpt2")
     put(model, head, "by_document")
