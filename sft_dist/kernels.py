@@ -44,7 +44,9 @@ def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds:
     from torch.nn.attention.varlen import varlen_attn
 
     length, window = more["length"], more["window"]
-    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}  # not every torch from 2.11 on knows it
+    grouped: dict[str, Any] = (
+        {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    )  # not every torch from 2.11 on knows it
     return varlen_attn(
         query, key, value, bounds, bounds, length, length,
         scale=more["scale"], window_size=(window - 1 if window else -1, 0), **grouped,
