@@ -204,9 +204,8 @@ def full_micro_batch(plan: Plan, device: torch.device) -> MicroBatch:
     tokens = torch.zeros(shape, dtype=torch.int64, device=device)
     targets = torch.ones(shape, dtype=torch.bool, device=device)
     targets[:, 0] = False
-    positions = torch.arange(shape[1], device=device).expand(shape) % max(
-        2, shape[1] // 2
-    )  # two documents: a mask is made
+    half = max(2, -(-shape[1] // 2))
+    positions = torch.arange(shape[1], device=device).expand(shape) % half  # two documents: a mask is made
     sets = torch.zeros(shape[0], dtype=torch.int64, device=device)
     num_targets = shape[0] * (shape[1] - 1)
     return MicroBatch(

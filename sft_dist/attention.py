@@ -6,6 +6,7 @@ the kernel at hand before the first step of every run, never assumed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -52,13 +53,18 @@ def leak(forward: Forward, vocab_size: int) -> tuple[float, float]:
     return ((whole - perturbed).abs().max() / scale).item(), ((whole - alone).abs().max() / scale).item()
 
 
+def _largest(*movements: float) -> float:
+    """The largest; NaN if there is one, which `max` loses behind a number."""
+    return math.nan if any(map(math.isnan, movements)) else max(movements)
+
+
 def prove_isolation(forward: Forward, vocab_size: int, *, is_16_bit: bool, kernel: str) -> float:
     """Measure `leak` and refuse a model whose packed documents see each other; returns the largest movement.
 
     Raises ModelError when the logits move by more than 1e-3 of the largest (3e-2 in 16-bit), or are not finite.
     """
     tolerance = 3e-2 if is_16_bit else 1e-3
-    moved = max(leak(forward, vocab_size))
+    moved = _largest(*leak(forward, vocab_size))
     if not moved <= tolerance:  # also true for NaN
         raise ModelError(
             f"model: packed documents see each other with attention {kernel!r}: logits move by {moved:.1e} of the "
@@ -88,7 +94,7 @@ def choose(
         try:
             use(name)
             off = (forward(*_packed_rows(vocab_size)).float() - truth).abs().max() / truth.abs().max().clamp_min(1e-6)
-            moved = max(off.item(), *leak(forward, vocab_size))
+            moved = _largest(off.item(), *leak(forward, vocab_size))
         except (
             RuntimeError,
             ImportError,

@@ -145,6 +145,7 @@ class _LossAt(torch.autograd.Function):
                 _add_product(of_weight, gradient.t(), hidden[part])
             if of_bias is not None:
                 of_bias += gradient.sum(dim=0, dtype=torch.float32)
+            del logits, kept, gradient  # else they are there while the next part is made
         ctx.grad_scale = grad_scale
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
         ctx.mark_non_differentiable(log_probs)

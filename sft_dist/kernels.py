@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
 
+ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout")  # what transformers' families call that of attention weights
 _BUCKET = 64  # the number of documents is rounded up to a multiple of it, by empty ones: few shapes
 _OWN = "sft_dist_"  # before the names of ours, which transformers must not take for its own
 
@@ -43,9 +44,12 @@ def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds:
     from torch.nn.attention.varlen import varlen_attn
 
     length, window = more["length"], more["window"]
+    grouped: dict[str, Any] = (
+        {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    )  # not every torch from 2.11 on knows it
     return varlen_attn(
         query, key, value, bounds, bounds, length, length,
-        scale=more["scale"], window_size=(window - 1 if window else -1, 0), enable_gqa=query.shape[1] != key.shape[1],
+        scale=more["scale"], window_size=(window - 1 if window else -1, 0), **grouped,
     )  # fmt: skip
 
 
@@ -132,8 +136,8 @@ def candidates(device_type: str, *, is_16_bit: bool) -> list[str]:
 
 
 def draws_dropout(name: str) -> bool:
-    """Whether a kernel can drop attention weights."""
-    return name not in _OURS or _OURS[name][0]
+    """Whether a kernel can drop attention weights; transformers asks flash attention 3 for none without a word."""
+    return _OURS[name][0] if name in _OURS else name != "flash_attention_3"
 
 
 @contextlib.contextmanager
@@ -155,4 +159,9 @@ def watched(model: PreTrainedModel, around: Callable[[], AbstractContextManager[
 
 def use(model: PreTrainedModel, name: str) -> None:
     """Let the layers of a model call that kernel from now on. Raises ValueError or ImportError where it cannot be had."""
+    dropouts = {key: value for key in ATTENTION_DROPOUTS if (value := getattr(model.config, key, 0))}
+    if dropouts and not draws_dropout(name):  # a proof in evaluation mode would not see it
+        raise ValueError(f"it draws no dropout, and the model has {dropouts}")
     model.set_attn_implementation(_registered(name))
+    if name != "sdpa" and model.config._attn_implementation == "sdpa":  # transformers only warns
+        raise ValueError("this model's layers do not let their kernel be set")

@@ -101,7 +101,8 @@ def _adam_state(adam: torch.optim.Optimizer, owner: torch.Tensor) -> dict[str, t
 
 def adam_step(adam: torch.optim.Optimizer) -> int:
     """Adam's own count of applied steps (0 before the first)."""
-    return max((int(state["step"]) for state in adam.state.values() if state), default=0)
+    counts = [state["step"] for state in adam.state.values() if state]
+    return int(torch.stack(counts).max()) if counts else 0  # on the GPU, since AdamW is fused: waited for once
 
 
 def set_adam_step(adam: torch.optim.Optimizer, step: int) -> None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sft_dist.errors import ModelError
+from sft_dist.kernels import ATTENTION_DROPOUTS
 from sft_dist.schema import ModelConfig
 
 _log = logging.getLogger("sft_dist")
@@ -100,7 +101,7 @@ def build(
 
 def without_attention_dropout(made: PretrainedConfig) -> None:
     """For kernels that draw none: attention weights are not dropped, the other dropouts stay."""
-    for name in ("attn_pdrop", "attention_dropout"):
+    for name in ATTENTION_DROPOUTS:
         if getattr(made, name, 0):
             _log.warning(
                 "note: model.%s %g becomes 0: the attention kernel draws none; set model.dropout to keep it",

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from sft_dist.attention import leak, packed_logits, prove_isolation
+from sft_dist.attention import choose, leak, packed_logits, prove_isolation
 from sft_dist.errors import ModelError
 
 SIZES = {"vocab_size": 50}
@@ -49,3 +49,15 @@ def test_a_way_that_leaks_is_refused(model, arguments):
 def test_logits_that_are_no_numbers_are_refused():
     with pytest.raises(ModelError, match="logits move by nan"):
         prove_isolation(lambda t, p: torch.full((*t.shape, 4), torch.nan), 50, is_16_bit=False, kernel="x")
+
+
+def test_a_document_alone_that_gives_no_numbers_is_refused():
+    def forward(tokens, positions):
+        return torch.full((*tokens.shape, 4), torch.nan if tokens.shape[1] < 10 else 1.0)
+
+    with pytest.raises(ModelError, match="logits move by nan"):
+        prove_isolation(forward, 50, is_16_bit=False, kernel="x")
+    taken = []
+    with pytest.raises(ModelError, match="with attention 'truth'"):
+        choose(["fast", "truth"], taken.append, forward, 50, is_16_bit=False)
+    assert taken == ["truth", "fast", "truth"]

@@ -17,7 +17,7 @@ WIDE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
 FAMILIES = {
-    "gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 2},
+    "gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 2, "attn_pdrop": 0.0},
     "gpt_neox": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
     "llama": WIDE,
     "qwen2": WIDE,
@@ -37,7 +37,7 @@ def put(model, head, name):
     head.wants_documents = name != "sdpa"
 
 
-def varlen_by_hand(query, key, value, bounds, bounds_k, max_q, max_k, *, scale, window_size, enable_gqa):
+def varlen_by_hand(query, key, value, bounds, bounds_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
     """What torch's kernel is documented to compute, one document at a time; it runs on GPUs only."""
     assert bounds is bounds_k
     assert (bounds.dtype, query.ndim) == (torch.int32, 3)
@@ -157,12 +157,8 @@ def test_which_kernels_there_are(monkeypatch):
     assert candidates("cuda", is_16_bit=False) == ["sdpa"]
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name == "flash_attn")
     assert candidates("cuda", is_16_bit=True) == ["flash_attention_2", "varlen", "sdpa"]
-    assert [draws_dropout(name) for name in ("sdpa", "by_document", "varlen", "flash_attention_2")] == [
-        True,
-        True,
-        False,
-        True,
-    ]
+    draw = [name for name in ("sdpa", "by_document", "varlen", *kernels._FLASH) if draws_dropout(name)]
+    assert draw == ["sdpa", "by_document", "flash_attention_2"]
 
 
 def test_dropout_that_a_kernel_cannot_draw_is_told(caplog):
@@ -170,6 +166,29 @@ def test_dropout_that_a_kernel_cannot_draw_is_told(caplog):
     without_attention_dropout(config)
     assert (config.attn_pdrop, config.resid_pdrop) == (0.0, 0.1)
     assert "model.attn_pdrop 0.1 becomes 0" in caplog.text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["varlen", "flash_attention_3"])
+def test_a_kernel_without_dropout_is_not_taken_for_a_model_with_it(name, monkeypatch):
+    model, head = made("gpt2")
+    model.config.attn_pdrop = 0.1
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
+    taken, _, passed_over = choose(
+        [name, "sdpa"], lambda name: put(model, head, name), lambda *rows: packed_logits(model, *rows), VOCAB, is_16_bit=False
+    )  # fmt: skip
+    assert (taken, model.config._attn_implementation) == ("sdpa", "sdpa")
+    assert passed_over == [
+        f"attention {name!r} cannot be used: it draws no dropout, and the model has {{'attn_pdrop': 0.1}}"
+    ]
+
+
+def test_a_model_whose_kernel_cannot_be_set_is_not_said_to_use_it(monkeypatch):
+    model, _ = made("llama")
+    monkeypatch.setattr(model, "_can_set_attn_implementation", lambda: False)
+    with pytest.raises(ValueError, match="do not let their kernel be set"):
+        use(model, "by_document")
+    use(model, "sdpa")
 
 
 def test_dropout_of_one_document_after_another_is_drawn():

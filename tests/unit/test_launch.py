@@ -335,6 +335,18 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_before_any_group_
         train.run_plan(long, None)
 
 
+@pytest.mark.parametrize(("rows", "seq_len"), [(4, 1024), (31, 21), (3, 3), (2, 2)])
+def test_a_full_micro_batch_tells_of_all_its_documents(rows, seq_len):
+    import torch
+
+    from launch import parts
+
+    of = SimpleNamespace(batch=SimpleNamespace(micro_batch_rows=rows), shards=SimpleNamespace(seq_len=seq_len))
+    made = parts.full_micro_batch(of, torch.device("cpu"))
+    assert int((made.positions == 0).sum()) <= made.num_documents  # of too few a kernel would leave the last out
+    assert int(made.targets.sum()) == made.num_targets == rows * (seq_len - 1)
+
+
 def test_prompts_are_those_of_validation_and_then_ones_own(run):
     from launch import parts
 

@@ -153,6 +153,18 @@ def test_a_trace_is_what_the_same_pass_allocates(checkpointing):
     assert 0 < foretold.forward.logits < foretold.forward.bytes
 
 
+@pytest.mark.parametrize("rows", [3, 12, 30])
+def test_each_further_row_adds_the_same_once_logits_are_made_in_parts(rows):
+    from sft_dist.plan import Model
+
+    config = ModelConfig(config={"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1})
+    made = model_config(config, vocab_size=50_257, seq_len=512, eos_id=0)
+    with torch.device("meta"):
+        meta = build(config, made, seed=0, gradient_checkpointing=False)
+    reckoned = Model(config, made, meta, 512, "bf16")._trace(rows, False)
+    assert reckoned == trace(config, made, rows=rows, seq_len=512, precision="bf16", checkpointing=False)
+
+
 def test_a_bucket_is_emptied_before_a_gradient_that_would_not_fit():
     traced = Traced(Alive(0), tuple(Gradient(40, Alive(10), Alive(10)) for _ in range(5)))
     assert traced.backward(100, 7.0, 1.0) == (Alive(10), 87.0)
