@@ -148,6 +148,7 @@ class Batch:
         self.targets = torch.arange(SEQ_LEN)[None] > 0
         self.positions = torch.arange(SEQ_LEN)[None]
         self.first_ordinal, self.rows, self.sets = ordinal, [ordinal], None
+        self.num_targets, self.num_documents = SEQ_LEN - 1, 1
 
 
 def learn(engine: Engine, step: int) -> None:

@@ -10,8 +10,7 @@ def target_log_probs(logits: torch.Tensor, tokens: torch.Tensor, targets: torch.
     """Log-probability of each target token given what stands before it, in fp32, in reading order.
 
     `logits`: [rows, seq_len, vocab]; `tokens`: int64 [rows, seq_len]; `targets`: bool [rows, seq_len].
-    Returns fp32 [number of targets]. What a run learns is defined here; `sft_dist.head` gives the same without all logits. The
-    first token of a row is predicted by nothing and is never a target.
+    Returns fp32 [number of targets]; a row's first token is never one. It defines what is learned: `sft_dist.head` must be equal.
 
     >>> logits = torch.zeros(1, 3, 4)
     >>> target_log_probs(logits, torch.tensor([[1, 2, 3]]), torch.tensor([[False, False, True]])).exp()
