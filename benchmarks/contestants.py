@@ -144,7 +144,7 @@ def bare(task: Task, marks: Marks) -> dict[str, Any]:
     """The same head and kernel in a plain loop: what DeepSpeed costs is the difference."""
     from sft_dist import kernels
     from sft_dist.attention import packed_logits
-    from sft_dist.head import Head, power_of_two, scores_at, targets_at
+    from sft_dist.head import Head, scores_at, targets_at
 
     model = task.load()
     head, masters = Head(model), _masters(model, task.precision)
@@ -160,7 +160,7 @@ def bare(task: Task, marks: Marks) -> dict[str, Any]:
     def loss_of(rows: Rows, count: int) -> torch.Tensor:
         known = _as_loaded(rows)
         tokens, targets, positions = (part.to(task.device) for part in rows)
-        about = {"grad_scale": power_of_two(1 / count), "num_documents": known.num_documents}
+        about = {"grad_scale": 1 / count, "num_documents": known.num_documents}
         return scores_at(model, tokens, positions, *targets_at(tokens, targets, known.num_targets), **about).loss
 
     def to_weights() -> None:
