@@ -142,7 +142,7 @@ def in_reads(shards: Shards, order: np.ndarray) -> Iterator:
     from sft_dist.data.loader import Block
 
     loader = Loader(shards, Topology(), micro_batch_rows=MICRO_ROWS)
-    return loader.read([Block(part, part, 0) for part in parts(order)])
+    return loader.read([Block(part, part) for part in parts(order)])
 
 
 def stream(shards: Shards, is_random: bool, *, is_wide: bool) -> Iterator:

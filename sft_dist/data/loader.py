@@ -50,11 +50,10 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One micro-batch before it is read: its ordinals in the stream and its row numbers, int64 [rows] each, and its targets."""
+    """One micro-batch before it is read: its ordinals in the stream and its row numbers, int64 [rows] each."""
 
     ordinals: np.ndarray
     rows: np.ndarray
-    num_targets: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +126,7 @@ class Loader:
         for ordinals, blocks in zip(batches, mine, strict=True):
             made, begin = [], at
             for block in blocks:
-                here = slice(at, at + len(block))
-                made.append(Block(block, rows[here], int(targets[here].sum())))
+                made.append(Block(block, rows[at : at + len(block)]))
                 at += len(block)
             num_tokens, num_targets = int(lengths[begin:at].sum()), int(targets[begin:at].sum())
             steps.append(Step(len(ordinals), num_tokens, num_targets, made, self))
@@ -167,8 +165,10 @@ class Loader:
             of_rows = self.shards.set_of(block.rows) if len(block.rows) else np.zeros(1, np.int64)
             sets = torch.from_numpy(of_rows).to(self.device)
         parts = widen(stored, self.shards.seq_len, self.device)
-        of_text, padded = np.bitwise_count(stored.starts).sum(), (stored.lengths < self.shards.seq_len).sum()
-        return MicroBatch(*parts, block.rows, first_ordinal, block.num_targets, int(of_text + padded), sets)
+        num_targets, of_text = (int(np.bitwise_count(bits).sum()) for bits in (stored.targets, stored.starts))
+        num_targets -= int((stored.targets[:, 0] >> 7).sum())  # a row's first token is predicted by nothing
+        padded = (stored.lengths < self.shards.seq_len).sum()
+        return MicroBatch(*parts, block.rows, first_ordinal, num_targets, of_text + int(padded), sets)
 
     def _nothing(self) -> StoredRows:
         manifest = self.shards.manifest

@@ -84,7 +84,9 @@ def tracked() -> set[str]:
 def test_a_wheel_holds_the_packages_and_what_they_read_and_no_more(wheel):
     moved = {"ds_configs": "sft_dist/ds_configs", "slurm": "sft_dist/slurm", "examples/presets": "sft_dist/presets"}
     wanted = {path for path in tracked() if path.split("/")[0] in ("sft_dist", "launch")}
-    wanted |= {path.replace(own, to, 1) for path in tracked() for own, to in moved.items() if path.startswith(f"{own}/")}
+    wanted |= {
+        path.replace(own, to, 1) for path in tracked() for own, to in moved.items() if path.startswith(f"{own}/")
+    }
     found = {name for name in digests(wheel) if ".dist-info/" not in name}
     assert found == wanted
     assert {"sft_dist/py.typed", "sft_dist/data/inspect.html.jinja", "sft_dist/ds_configs/zero2.json"} <= found
