@@ -19,6 +19,7 @@ from sft_dist.kernels import documents_of
 from sft_dist.loss import target_log_probs
 
 _NONE = torch.empty(0, dtype=torch.int64)
+_SLICE = 8192  # rows of the head's gradient that 16-bit products are added to at a time
 _BUCKET = 64  # the number of places is rounded up to a multiple of it: few shapes
 _PART_BYTES = {"cuda": 1 << 29, "cpu": 1 << 25}  # of fp32 logits at a time: a GPU wants large products, a CPU its cache
 
@@ -182,13 +183,19 @@ def _exponentials(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add a matrix product to an fp32 total, without rounding it to 16 bits on the way."""
+    """Add a matrix product to an fp32 total [vocab, width], without rounding it to 16 bits on the way.
+
+    Of 16-bit factors a slice of the vocabulary at a time: what is added is there in fp32 beside the total.
+    """
     if left.dtype == torch.float32:
         total.addmm_(left, right)
-    elif left.device.type == "cuda":
-        total += torch.mm(left, right, out_dtype=torch.float32)
-    else:
-        total.addmm_(left.float(), right.float())
+        return
+    for at in range(0, len(total), _SLICE):
+        part, of_part = total[at : at + _SLICE], left[at : at + _SLICE]
+        if left.device.type == "cuda":
+            part += torch.mm(of_part, right, out_dtype=torch.float32)
+        else:
+            part.addmm_(of_part.float(), right.float())
 
 
 class Head:

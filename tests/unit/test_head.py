@@ -31,6 +31,7 @@ FAMILIES = {
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     monkeypatch.setitem(module._PART_BYTES, "cpu", 4 * VOCAB * 64)
+    monkeypatch.setattr(module, "_SLICE", 128)
 
 
 def made(family, dtype=torch.float32):
