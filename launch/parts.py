@@ -24,7 +24,7 @@ import yaml
 
 from sft_dist import health
 from sft_dist.answers import Sampling, own_prompts, prompts
-from sft_dist.attention import choose
+from sft_dist.attention import choose, largest
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
 from sft_dist.console import Console, confusion_table
@@ -213,15 +213,24 @@ def full_micro_batch(plan: Plan, device: torch.device) -> MicroBatch:
     )
 
 
-def prove(plan: Plan, engine: Engine, made: Any) -> str:
-    """Packed documents cannot see each other, on this model, kernel, precision and device, or ModelError; and the head is right."""
+def prove(plan: Plan, engine: Engine, comms: Comms) -> str:
+    """Packed documents cannot see each other, on this model, kernel, precision and device, or ModelError; and the head is right.
+
+    The ranks try the same kernels and choose alike: under ZeRO 3 they must call the model equally often.
+    """
+
+    def worst(movement: float) -> float:
+        return largest(*comms.gather(movement))
+
+    everywhere = comms.gather(kernel_names(plan))
+    names = [name for name in everywhere[0] if all(name in there for there in everywhere)]
     vocab_size, is_16_bit = plan.shards.manifest.vocab_size, plan.config.train.precision != "fp32"
     kernel, moved, passed_over = choose(
-        kernel_names(plan), engine.use_kernel, engine.logits, vocab_size, is_16_bit=is_16_bit
+        names, engine.use_kernel, engine.logits, vocab_size, is_16_bit=is_16_bit, worst=worst
     )
     if plan.config.train.attention not in ("auto", kernel):
         raise ConfigError(f"train.attention: {passed_over[0]}. Use auto, or sdpa, which every model has")
-    head = engine.head.check(engine.scores, engine.logits, vocab_size, is_16_bit=is_16_bit)
+    head = engine.head.check(engine.scores, engine.logits, vocab_size, is_16_bit=is_16_bit, worst=worst)
     told = [f"packed documents kept apart (logits move {moved:.0e})", f"attention: {kernel}; {head}"]
     return "\n".join([*told, *(f"note: {line}" for line in passed_over)])
 
@@ -441,7 +450,8 @@ def journal(plan: Plan) -> Journal | None:
     began = plan.life.began or time.time()
     told = max((line.get("gpu_hours", 0.0) for line in read_lines(plan.run_dir / "metrics.jsonl")), default=0.0)
     path = plan.run_dir / USAGE
-    return Journal(path, plan.life.name, plan.topology.world_size, began, told_gpu_seconds=told * 3600).start()
+    world, nodes = plan.topology.world_size, plan.topology.num_nodes
+    return Journal(path, plan.life.name, world, began, nodes=nodes, told_gpu_seconds=told * 3600).start()
 
 
 def bad_steps(plan: Plan) -> BadSteps:

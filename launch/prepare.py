@@ -71,11 +71,12 @@ def run(config: RunConfig, *, fresh: bool, workers: int | None, task: Task | Non
 
 def show(folder: Path, row: int | None, html: Path | None) -> None:
     """Print what is in the shards of `folder` (or in the one split it is), or one decoded row; or write it all as a page."""
-    from sft_dist.data.view import overview, page, render_overview, render_row, split_folders, write_page
+    from sft_dist.data.view import overview, page, render_overview, render_row, split_folders
+    from sft_dist.files import publish_page
 
     console = Console()
     if html is not None:
-        write_page(html, page(overview(folder, row=row)))
+        publish_page(html, page(overview(folder, row=row)), "--html")
         print(f"{html}: written; open it in a browser")
     elif row is not None:
         found = split_folders(folder)

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,7 +145,7 @@ def profile(whole: Plan, options: Options) -> int:
     num_steps = min(options.steps, -(-plan.rows // plan.batch.global_batch_rows))
     plan = replace(plan, rows=min(plan.rows, num_steps * plan.batch.global_batch_rows))
     engine = parts.engine(plan, model, device)
-    proven = parts.prove(plan, engine, made)
+    proven = parts.prove(plan, engine, comms)
     if device.type == "cuda":  # memory that runs out ends with numbers, and with what would fit
         fit.dry_step(plan, engine, parts.full_micro_batch(plan, device))
     found = comms.gather_to_main(_found(plan, engine, comms, cost, num_steps, options.trace))
@@ -234,13 +233,6 @@ def _sheet(device: torch.device, plan: Plan) -> tuple[str, float] | None:
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-    except SystemExit as end:  # --help, or an option that is none
-        code = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # as launch/train.py: destructors of process groups can hang
+    from launch.rank import leave_after
+
+    leave_after(main)

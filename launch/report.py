@@ -8,7 +8,8 @@ from pathlib import Path
 from launch import slurm
 from sft_dist.chart import write_png
 from sft_dist.errors import ConfigError
-from sft_dist.report import charts, comparability, page, write_page
+from sft_dist.files import publish_page
+from sft_dist.report import charts, comparability, page
 from sft_dist.run_record import read_runs
 
 
@@ -30,7 +31,7 @@ def run(folders: Sequence[Path], out: Path | None, pictures: Path | None, say: C
                 f"--png {pictures}: cannot be written ({error.strerror}); name a folder of yours"
             ) from None
     target = out or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
-    write_page(target, page(runs, drawn))
+    publish_page(target, page(runs, drawn), "--out")
     for warning in comparability(runs):
         say(f"warning: {warning}")
     for each in runs:

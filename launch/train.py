@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -189,7 +188,7 @@ def _train(
     count = parts.count(model)
     engine = parts.engine(plan, model, device)
     beat("prove isolation and head")
-    proven = parts.prove(plan, engine, made)
+    proven = parts.prove(plan, engine, checkpoints.comms)
     if device.type == "cuda":  # where there is none, memory that runs out is no error that could be caught
         beat("dry step")
         fit.dry_step(plan, engine, parts.full_micro_batch(plan, device))
@@ -333,13 +332,6 @@ def set_aside(run_dir: Path) -> Path | None:
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-    except SystemExit as end:  # --help, or an option that is none
-        code = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # skips the destructors of process groups, which can hang when a peer is gone
+    from launch.rank import leave_after
+
+    leave_after(main)

@@ -53,7 +53,7 @@ def leak(forward: Forward, vocab_size: int) -> tuple[float, float]:
     return ((whole - perturbed).abs().max() / scale).item(), ((whole - alone).abs().max() / scale).item()
 
 
-def _largest(*movements: float) -> float:
+def largest(*movements: float) -> float:
     """The largest; NaN if there is one, which `max` loses behind a number."""
     return math.nan if any(map(math.isnan, movements)) else max(movements)
 
@@ -64,7 +64,7 @@ def prove_isolation(forward: Forward, vocab_size: int, *, is_16_bit: bool, kerne
     Raises ModelError when the logits move by more than 1e-3 of the largest (3e-2 in 16-bit), or are not finite.
     """
     tolerance = 3e-2 if is_16_bit else 1e-3
-    moved = _largest(*leak(forward, vocab_size))
+    moved = largest(*leak(forward, vocab_size))
     if not moved <= tolerance:  # also true for NaN
         raise ModelError(
             f"model: packed documents see each other with attention {kernel!r}: logits move by {moved:.1e} of the "
@@ -80,32 +80,38 @@ def choose(
     vocab_size: int,
     *,
     is_16_bit: bool,
+    worst: Callable[[float], float] = float,
 ) -> tuple[str, float, list[str]]:
     """Put the first kernel to use that is proven; returns its name, how far logits move, and why others were passed over.
 
     `names`: the fastest first; the last one is the truth, by which the others are measured: logits of packed rows must be equal to
     its to rounding (a soft cap or a sliding window could be forgotten without a leak). `use` makes the model call a kernel.
+    `worst`: the largest of such a number over all ranks, NaN being the largest, so that they choose alike.
     Raises ModelError where none of them keeps documents apart.
     """
-    truth_name, tolerance, passed_over = names[-1], 3e-2 if is_16_bit else 1e-3, []
+    truth_name, tolerance = names[-1], 3e-2 if is_16_bit else 1e-3
+    passed_over: list[str] = []
     use(truth_name)
     truth = forward(*_packed_rows(vocab_size)).float() if len(names) > 1 else torch.empty(0)
     for name in names[:-1]:
         try:
             use(name)
             off = (forward(*_packed_rows(vocab_size)).float() - truth).abs().max() / truth.abs().max().clamp_min(1e-6)
-            moved = _largest(off.item(), *leak(forward, vocab_size))
+            mine, why = largest(off.item(), *leak(forward, vocab_size)), ""
         except (
             RuntimeError,
             ImportError,
             ValueError,
             TypeError,
             KeyError,
-        ) as error:  # a kernel that is not made for this GPU or model
-            passed_over.append(f"attention {name!r} cannot be used: {str(error).splitlines()[0]}")
-            continue
+        ) as error:  # it is not made for this GPU or model
+            mine, why = math.inf, f"cannot be used: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        moved = worst(mine)
         if moved <= tolerance:
             return name, moved, passed_over
-        passed_over.append(f"attention {name!r} is wrong for this model: logits move by {moved:.1e} of the largest")
+        why = why or ("cannot be used on another rank" if moved == math.inf > mine else "")
+        passed_over.append(
+            f"attention {name!r} {why or f'is wrong for this model: logits move by {moved:.1e} of the largest'}"
+        )
     use(truth_name)
     return truth_name, prove_isolation(forward, vocab_size, is_16_bit=is_16_bit, kernel=truth_name), passed_over

@@ -153,7 +153,7 @@ def model_card(
         sets=sets,
         metrics=metrics,
         license=config.model.license,
-        commands=commands(config, manifest["world_size"]),
+        commands=commands(run_dir, config, manifest["world_size"]),
         digests=manifest["identity"] | {"rows that were fed": state.ledger.text},
         environment=environment,
         caveats=caveats,

@@ -19,6 +19,8 @@ from typing import Any, TextIO
 
 import xxhash
 
+from sft_dist.errors import ConfigError
+
 BLOCK_BYTES = 1 << 20  # a digest each: fits a processor's cache, so that checking costs little beside reading
 
 
@@ -239,11 +241,23 @@ def publish_text(path: Path, text: str) -> None:
     """Write a small file that others read, whole or not at all; more than one process may have the last word."""
     staged = path.with_name(f".{path.name}-{os.getpid()}.partial")
     try:
-        staged.write_text(text)
+        staged.write_text(text, "utf-8")
         publish(staged, path)
     except BaseException:  # no room, or Ctrl-C
-        staged.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            staged.unlink()
         raise
+
+
+def publish_page(path: Path, text: str, option: str) -> None:
+    """Write what a person asked for by `option`, whole, over one that is there. Raises ConfigError when it cannot be written."""
+    remedy = "name a file in a folder that exists and that you may write to"
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: it is a folder; {remedy}")
+    try:
+        publish_text(path, text)
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be written ({error.strerror}); {remedy}") from None
 
 
 def sync_folder(path: Path) -> None:

@@ -110,8 +110,13 @@ def _registered(name: str) -> str:
         s_aux: torch.Tensor | None = None,
         **ignored: Any,
     ) -> tuple[torch.Tensor, None]:
-        if softcap is not None or s_aux is not None or (dropout and module.training and not has_dropout):
-            raise NotImplementedError(f"{name}: has no soft cap, no sinks and, but for by_document, no dropout")
+        unknown = {
+            "softcap": softcap,
+            "s_aux": s_aux,
+            "dropout": None if has_dropout or not module.training else dropout or None,
+        }
+        if wanted := [each for each, value in unknown.items() if value is not None]:
+            raise ValueError(f"the layers of this model want {', '.join(wanted)}, which {name!r} does not compute")
         rows, length = query.shape[0], query.shape[2]
         flat = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
         about = {"length": max_length_q, "window": sliding_window, "scale": scaling}

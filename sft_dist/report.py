@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shlex
 import statistics
 import time
@@ -19,11 +18,11 @@ import yaml
 from sft_dist import __version__
 from sft_dist.chart import COLOURS, DASHES, MOST_LINES, Chart, Line, Mark, Point, exact, lay_out, smoothed
 from sft_dist.data.view import Bar, funnel, visible
-from sft_dist.errors import ConfigError
-from sft_dist.files import publish
 from sft_dist.goodput import PARTS
 from sft_dist.phases import OF_A_STEP
 from sft_dist.run_record import Run
+from sft_dist.topology import start_command
+from sft_dist.usage import USAGE, num_nodes, read_usage
 
 _SMOOTHED_FROM = 80  # points of a training loss
 _MOST_LABELS = 40  # of a confusion matrix that is shown whole
@@ -243,9 +242,10 @@ def reproduce(run: Run) -> str:
     """The commands that do the run again, from its resolved `run.yaml`."""
     path = shlex.quote(str(run.folder / "run.yaml"))
     gpus = run.lives[-1].gpus if run.lives else 1
+    nodes = num_nodes(read_usage(run.folder / USAGE), gpus)
     lines = [f"sft-dist prepare {path}"] if run.config.get("prepare") else []
     again = shlex.quote(f"run_dir={run.folder}-again")
-    return "\n".join([*lines, f"sft-dist train {path} {again} --nproc {gpus}"])
+    return "\n".join([*lines, start_command(f"{path} {again}", gpus, nodes)])
 
 
 def funnels(run: Run) -> dict[str, list[Bar]]:
@@ -449,18 +449,3 @@ def _splits(about: dict[str, Any]) -> dict[str, dict[str, Any]]:
         for name, split in (found.items() if isinstance(found, dict) else ())
         if isinstance(split, dict) and all(isinstance(split.get(key), int | float) for key in keys)
     }
-
-
-def write_page(path: Path, text: str) -> None:
-    """Write the page whole, over one that is there. Raises ConfigError when it cannot be written."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    remedy = "name a file in a folder that exists and that you may write to"
-    if path.is_dir():
-        raise ConfigError(f"--out {path}: it is a folder; {remedy}")
-    try:
-        staged.write_text(text, "utf-8")
-        publish(staged, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            staged.unlink()
-        raise ConfigError(f"--out {path}: cannot be written ({error.strerror}); {remedy}") from None

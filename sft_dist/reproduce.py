@@ -18,7 +18,8 @@ from sft_dist.identity import changes
 from sft_dist.manifest import read_manifest
 from sft_dist.schema import ReproducesConfig, RunConfig
 from sft_dist.state import TrainState
-from sft_dist.usage import USAGE, read_usage
+from sft_dist.topology import start_command
+from sft_dist.usage import USAGE, num_nodes, read_usage
 from sft_dist.zero import zero_config
 
 RECIPE = "reproduce.yaml"  # in an export
@@ -82,7 +83,7 @@ def recipe(
     # who has the run again need not have its accounts, and must not write into its charts
     values["logging"] = {"wandb": None, "mlflow": None}
     values["reproduces"] = wanted.model_dump()
-    return _head(config, wanted) + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return _head(run_dir, config, wanted) + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _is_over(run_dir: Path, step: int) -> bool:
@@ -102,20 +103,21 @@ def caveats_of(run_dir: Path, state: TrainState) -> Iterator[str]:
         yield f"the lives of the run had {', '.join(map(str, worlds))} processes, so that their sums were rounded otherwise"
 
 
-def commands(config: RunConfig, world_size: int) -> list[str]:
+def commands(run_dir: Path, config: RunConfig, world_size: int) -> list[str]:
     """What is typed for it, in a folder where the files are that the run file names."""
+    nodes = num_nodes(read_usage(run_dir / USAGE), world_size)
     lines = [f"sft-dist prepare {RECIPE}"] * (config.prepare is not None)
-    return [*lines, f"sft-dist train {RECIPE} --nproc {world_size}", f"sft-dist verify {_AGAIN}"]
+    return [*lines, start_command(RECIPE, world_size, nodes), f"sft-dist verify {_AGAIN}"]
 
 
-def _head(config: RunConfig, wanted: ReproducesConfig) -> str:
+def _head(run_dir: Path, config: RunConfig, wanted: ReproducesConfig) -> str:
     told = "; ".join(wanted.environment.values()) or "versions that were not recorded"
     sets = (
         ""
         if config.prepare is not None
         else "\n# Its sets are prepared ones: each is prepared by the run file of its own."
     )
-    lines = commands(config, wanted.world_size)
+    lines = commands(run_dir, config, wanted.world_size)
     caveats = "".join(f"\n# But: {line}" for line in wanted.caveats)
     return (
         "# The run that made this model, every key resolved. In any folder where the files are that it names:\n"

@@ -31,6 +31,11 @@ class Topology:
         """Whether this rank writes what is written once."""
         return self.rank == 0
 
+    @property
+    def num_nodes(self) -> int:
+        """Machines that the world is on, each with as many processes as this one."""
+        return -(-self.world_size // self.local_world_size)
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Topology:
         """The world torchrun, deepspeed or srun announced; a single process is a world of one.
@@ -54,6 +59,17 @@ class Topology:
         rank, world_size, local_rank = (int(environment[name]) for name in names)
         of_node = int(environment.get("LOCAL_WORLD_SIZE", world_size))
         return cls(rank, world_size, local_rank, local_world_size=of_node)
+
+
+def start_command(run_file: str, processes: int, nodes: int = 1) -> str:
+    """What is typed to start a run on so many processes.
+
+    >>> start_command("run.yaml", 8), start_command("run.yaml", 64, nodes=8)
+    ('sft-dist train run.yaml --nproc 8', 'sft-dist submit run.yaml --nodes 8 --gpus-per-node 8')
+    """
+    if nodes == 1:
+        return f"sft-dist train {run_file} --nproc {processes}"
+    return f"sft-dist submit {run_file} --nodes {nodes} --gpus-per-node {-(-processes // nodes)}"
 
 
 def node_name(environment: Mapping[str, str] = os.environ) -> str:

@@ -34,8 +34,10 @@ class Journal:
     28800.0
     """
 
-    def __init__(self, path: Path, life: str, gpus: int, began: float, *, told_gpu_seconds: float = 0.0) -> None:
-        self.path, self.life, self.gpus, self.began = path, life, gpus, began
+    def __init__(
+        self, path: Path, life: str, gpus: int, began: float, *, nodes: int = 1, told_gpu_seconds: float = 0.0
+    ) -> None:
+        self.path, self.life, self.gpus, self.began, self.nodes = path, life, gpus, began, nodes
         lines = read_usage(path)
         self.before = gpu_seconds([line for line in lines if (line["life"], line["began"]) != (life, began)])
         self.before += max(0.0, told_gpu_seconds - self.gpu_seconds())
@@ -97,7 +99,7 @@ class Journal:
 
     def _append(self) -> None:
         """Add a line of this life until now."""
-        line = {"life": self.life, "began": self.began, "at": time.time(), "gpus": self.gpus}
+        line = {"life": self.life, "began": self.began, "at": time.time(), "gpus": self.gpus, "nodes": self.nodes}
         line |= {"measure_seconds": self.measure_seconds} if self.measure_seconds else {}
         line |= {"step_seconds": self.step_seconds} if self.step_seconds else {}
         line |= {"phase_seconds": self.phases.totals(), **self._work}
@@ -125,6 +127,17 @@ def read_usage(path: Path) -> list[dict]:
                 if isinstance(line, dict) and {"life", "began", "at", "gpus"} <= line.keys():
                     lines.append(line)
     return lines
+
+
+def num_nodes(lines: list[dict], gpus: int) -> int:
+    """Machines of the last life in these lines that had so many GPUs; 1 where that is not known.
+
+    >>> num_nodes([{"gpus": 16, "nodes": 2}, {"gpus": 8, "nodes": 1}], 16)
+    2
+    """
+    return next(
+        (line["nodes"] for line in reversed(lines) if line["gpus"] == gpus and type(line.get("nodes")) is int), 1
+    )
 
 
 def gpu_seconds(lines: list[dict]) -> float:

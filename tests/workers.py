@@ -87,7 +87,7 @@ def _rank(
         with log.open("w") as sink:  # DeepSpeed is talkative; a failing rank's traceback comes back through the pipe
             os.dup2(sink.fileno(), 1)
             os.dup2(sink.fileno(), 2)
-        pipe.send((True, function(Topology(rank, world_size, rank, init_method), *arguments, **more)))
+        pipe.send((True, function(Topology(rank, world_size, rank, init_method, world_size), *arguments, **more)))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
     finally:

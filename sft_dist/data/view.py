@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,6 @@ from sft_dist import __version__
 from sft_dist.data.shards import Shards
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.errors import DataError
-from sft_dist.files import publish
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -572,21 +570,3 @@ def _round_step(most: int) -> int:
     """The distance of two to five grid lines: 1, 2 or 5 and zeros."""
     steps = (digit * 10**power for power in range(20) for digit in (1, 2, 5))
     return next(step for step in steps if most <= 4 * step)
-
-
-def write_page(path: Path, text: str) -> None:
-    """Write the page whole, over one that is there.
-
-    Raises DataError when it cannot be written.
-    """
-    staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    remedy = "name a file in a folder that exists and that you may write to"
-    if path.is_dir():
-        raise DataError(f"--html {path}: it is a folder; {remedy}")
-    try:
-        staged.write_text(text, "utf-8")
-        publish(staged, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            staged.unlink()
-        raise DataError(f"--html {path}: cannot be written ({error.strerror}); {remedy}") from None

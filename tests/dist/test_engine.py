@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from launch import parts
+from sft_dist import kernels
 from sft_dist.attention import packed_logits
 from sft_dist.loss import target_log_probs
 from sft_dist.memory import Live
@@ -197,3 +200,35 @@ def zero_keys(topology):
 
     fields = DeepSpeedZeroConfig.model_fields
     return set(fields) | {field.alias for field in fields.values() if field.alias}, _ZERO_KEYS
+
+
+def chosen(topology, wrong_rank):
+    """What a rank takes where the kernel of one rank fails in the middle, and where that one has other kernels."""
+    made, comms = tiny.engine(topology, 2)  # at stage 3 a rank that fails alone lets the others wait, and the watchdog names it
+    own, there = parts.kernel_names, ["by_document", "sdpa"]
+    plan = SimpleNamespace(
+        config=SimpleNamespace(train=SimpleNamespace(precision="fp32", attention="auto")),
+        shards=SimpleNamespace(manifest=SimpleNamespace(vocab_size=tiny.VOCAB)),
+    )
+
+    def attention():
+        return parts.prove(plan, made, comms).splitlines()[1].split(";")[0]
+
+    def fails(*arguments, **more):
+        raise RuntimeError("no kernel image is available")
+
+    parts.kernel_names = lambda plan: there
+    said = [attention()]
+    parts.kernel_names = lambda plan: there[topology.rank == wrong_rank :]
+    said.append(attention())
+    parts.kernel_names = lambda plan: there
+    draws, kernel = kernels._OURS["by_document"]
+    if topology.rank == wrong_rank:
+        kernels._OURS["by_document"] = (draws, fails)
+    said.append(attention())
+    kernels._OURS["by_document"], parts.kernel_names = (draws, kernel), own
+    return said
+
+
+def test_ranks_choose_the_same_kernel():
+    assert run_workers(chosen, 2, 1) == [["attention: by_document", "attention: sdpa", "attention: sdpa"]] * 2

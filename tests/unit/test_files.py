@@ -8,7 +8,8 @@ import threading
 import pytest
 
 from sft_dist import files
-from sft_dist.files import hold
+from sft_dist.errors import ConfigError
+from sft_dist.files import hold, publish_page
 
 
 def test_one_holds_it_alone_and_is_named(tmp_path):
@@ -153,3 +154,37 @@ def test_folders_are_made_with_those_above(tmp_path):
     files.make_folder(tmp_path / "a" / "b" / "c")
     files.make_folder(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b" / "c").is_dir()
+
+
+def test_a_page_is_written_over_another_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "page.html"
+    for text in ("old, and longer", "new é"):
+        publish_page(path, text, "--html")
+    assert path.read_text("utf-8") == "new é"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("", "it is a folder"), ("no/p.html", "No such file"), ("file/p", "Not a directory")]
+)
+def test_a_page_that_cannot_be_written_is_one_line(tmp_path, name, why):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ConfigError, match=rf"--html .*: .*{why}.*; name a file in a folder that exists and that you may write"
+    ):
+        publish_page(tmp_path / name, "text", "--html")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_page_that_fails_on_its_way_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "page.html"
+    publish_page(path, "old", "--html")
+
+    def full(staged, final):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sft_dist.files.publish", full)
+    with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\)"):
+        publish_page(path, "new", "--html")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

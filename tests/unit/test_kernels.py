@@ -104,7 +104,7 @@ def test_a_kernel_does_not_forget_what_it_cannot_do(monkeypatch):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     head = Head(model)
     put(model, head, "varlen")
-    with pytest.raises(NotImplementedError, match="no soft cap"):
+    with pytest.raises(ValueError, match="the layers of this model want softcap, which 'varlen' does not compute"):
         packed_logits(model, torch.zeros(1, 4, dtype=torch.long), torch.arange(4)[None])
 
 

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
-    "errors files phases goodput data.records glossary step_trace",
-    "gpus chart",
+    "errors phases goodput data.records glossary step_trace",
+    "files gpus chart",
     "schema topology identity",
     "batch reference",
     "zero",

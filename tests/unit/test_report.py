@@ -23,7 +23,6 @@ from sft_dist.report import (
     page,
     reproduce,
     tables,
-    write_page,
 )
 from sft_dist.run_record import read_run, read_runs
 from tests.unit.prepared_runs import sft_dist
@@ -274,6 +273,10 @@ def test_older_and_poorer_run_folders_say_what_they_lack(tmp_path):
         "There is no usage.jsonl: nothing is told of time and GPU-hours.",
     ]
     assert reproduce(read_run(bare)).startswith("sft-dist train")
+    used = {"life": "7-0", "began": 0.0, "at": 60.0, "gpus": 16, "nodes": 2}
+    (bare / "usage.jsonl").write_text(json.dumps(used) + "\n")
+    assert "sft-dist submit" in reproduce(read_run(bare))
+    assert reproduce(read_run(bare)).endswith(" --nodes 2 --gpus-per-node 8")
     lost = run_folder(tmp_path / "lost", data="d3")
     (tmp_path / "shards-d3-t1" / "train" / "manifest.json").write_text('{"data": "train-d9"}')
     assert read_run(lost).notes[0].endswith("shards-d3-t1 were prepared anew since: what is told of data is left out.")
@@ -392,14 +395,6 @@ def test_folders_without_a_run_are_refused_in_one_line(tmp_path):
     (begun / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ConfigError, match=r"metrics\.jsonl: holds no number yet; wait for the run's first step"):
         read_run(begun)
-
-
-def test_a_page_is_there_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "page.html"
-    write_page(path, "one")
-    write_page(path, "two")
-    assert [each.name for each in tmp_path.iterdir()] == ["page.html"]
-    assert path.read_text() == "two"
 
 
 def test_pictures_are_drawn_for_light_and_for_dark_ground(tmp_path, monkeypatch):

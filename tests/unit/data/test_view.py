@@ -27,7 +27,6 @@ from sft_dist.data.view import (
     statistics,
     survey,
     visible,
-    write_page,
 )
 from sft_dist.errors import DataError
 from sft_dist.schema import SentencePieceTraining
@@ -390,37 +389,3 @@ def test_a_damaged_reject_is_named(folder, line):
 def test_a_folder_without_shards_is_named(tmp_path):
     with pytest.raises(DataError, match=r"no shards there; run `sft-dist prepare RUN.yaml`, or name its prepare.out"):
         overview(tmp_path)
-
-
-def test_a_page_is_written_over_another_and_leaves_nothing_beside_it(tmp_path):
-    path = tmp_path / "page.html"
-    for text in ("old, and longer", "new é"):
-        write_page(path, text)
-    assert path.read_text("utf-8") == "new é"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(
-    ("name", "why"), [("", "it is a folder"), ("no/p.html", "No such file"), ("file/p", "Not a directory")]
-)
-def test_a_page_that_cannot_be_written_is_one_line(tmp_path, name, why):
-    (tmp_path / "file").touch()
-    with pytest.raises(
-        DataError, match=rf"--html .*: .*{why}.*; name a file in a folder that exists and that you may write"
-    ):
-        write_page(tmp_path / name, "text")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_page_that_fails_on_its_way_leaves_the_old_one(tmp_path, monkeypatch):
-    path = tmp_path / "page.html"
-    write_page(path, "old")
-
-    def full(staged, final):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("sft_dist.data.view.publish", full)
-    with pytest.raises(DataError, match=r"cannot be written \(No space left on device\)"):
-        write_page(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
