@@ -118,6 +118,66 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def tables(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record holds beside numbers, by its kind; what another version wrote in a shape of its own is left out.
+
+    >>> tables({"step": 3, "loss": 2.5, "confusion": {"labels": ["a"], "counts": [[4]]}, "samples": "none"})
+    {'confusion': {'labels': ['a'], 'counts': [[4]]}}
+    """
+    return {
+        kind: record[kind] for kind, has_its_shape in _SHAPES.items() if kind in record and has_its_shape(record[kind])
+    }
+
+
+def _are_samples(made: Any) -> bool:
+    parts = ("prompt", "answer", "expected")
+    return isinstance(made, list) and all(
+        isinstance(answer, dict) and all(isinstance(answer.get(part), str) for part in parts) for answer in made
+    )
+
+
+def _is_confusion(made: Any) -> bool:
+    labels, counts = (made.get(part) if isinstance(made, dict) else None for part in ("labels", "counts"))
+    return (
+        isinstance(labels, list)
+        and all(isinstance(label, str) for label in labels)
+        and _are_numbers(counts, len(labels), len(labels))
+    )
+
+
+def _is_distribution(made: Any) -> bool:
+    counts, edges = (made.get(part) if isinstance(made, dict) else None for part in ("counts", "edges"))
+    return (
+        isinstance(counts, list)
+        and len(counts) > 0
+        and _are_numbers([counts], 1, len(counts))
+        and _are_numbers([edges], 1, len(counts) + 1)
+    )
+
+
+def _are_numbers(rows: Any, count: int, length: int) -> bool:
+    """Whether these are so many lists of so many numbers each."""
+    return (
+        isinstance(rows, list)
+        and len(rows) == count
+        and all(
+            isinstance(row, list) and len(row) == length and all(type(value) in (int, float) for value in row)
+            for row in rows
+        )
+    )
+
+
+def _is_config(made: Any) -> bool:
+    return isinstance(made, dict) and isinstance(made.get("train"), dict)
+
+
+_SHAPES: dict[str, Callable[[Any], bool]] = {
+    "samples": _are_samples,
+    "confusion": _is_confusion,
+    "document_losses": _is_distribution,
+    "config": _is_config,
+}
+
 _NO_STEP = "has no step"
 
 

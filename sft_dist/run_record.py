@@ -18,6 +18,7 @@ from sft_dist.errors import ConfigError
 from sft_dist.glossary import metric
 from sft_dist.goodput import Span, goodput, spans, time_by_part
 from sft_dist.limits import Verdict
+from sft_dist.metrics import tables
 from sft_dist.retention import list_folders
 from sft_dist.schema import money
 from sft_dist.spikes import BAD_ROWS
@@ -151,10 +152,11 @@ def _metrics(path: Path, notes: list[str]) -> tuple[dict, dict, tuple[int, dict[
             else:
                 bad += 1
             continue
-        if _is_samples(line.get("samples")):
-            samples[step] = line["samples"]
-        if _is_confusion(line.get("confusion")):
-            confusion = (step, line["confusion"])
+        told = tables(line)
+        if "samples" in told:
+            samples[step] = told["samples"]
+        if "confusion" in told:
+            confusion = (step, told["confusion"])
         for name, value in line.items():
             if name in _NOT_SCALARS:
                 continue
@@ -171,23 +173,6 @@ def _metrics(path: Path, notes: list[str]) -> tuple[dict, dict, tuple[int, dict[
     if repeated:
         notes.append(f"{len(repeated):,} steps are told twice in metrics.jsonl; the later line counts.")
     return {name: sorted(points.items()) for name, points in found.items()}, samples, confusion
-
-
-def _is_samples(value: Any) -> bool:
-    parts = ("prompt", "answer", "expected")
-    return isinstance(value, list) and all(
-        isinstance(each, dict) and all(isinstance(each.get(part), str) for part in parts) for each in value
-    )
-
-
-def _is_confusion(value: Any) -> bool:
-    try:
-        labels, counts = value["labels"], value["counts"]
-        return len(counts) == len(labels) and all(
-            len(row) == len(labels) and all(type(count) is int for count in row) for row in counts
-        )
-    except (TypeError, KeyError):
-        return False
 
 
 def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:

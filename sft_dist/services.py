@@ -19,11 +19,10 @@ from typing import Any, Protocol
 
 from sft_dist.files import first_free
 from sft_dist.glossary import POSITION, metric
-from sft_dist.metrics import numbers
+from sft_dist.metrics import numbers, tables
 
 _log = logging.getLogger("sft_dist")
 
-KINDS = {"samples": list, "confusion": dict, "document_losses": dict, "config": dict}
 _RETRY_SECONDS = (1.0, 5.0, 15.0, 60.0)
 _PATIENCE_SECONDS = 10.0  # at the end of a life, which may be one that was asked to go
 
@@ -54,7 +53,7 @@ class Told:
         step, values = record["step"], numbers(record)
         new = [name for name in self._names(record) if step > self.steps.get(name, -1)]
         made = {known.tag: values[name] for name in new if name in values and (known := metric(name))}
-        made |= {name: record[name] for name in new if name in KINDS}
+        made |= {name: what for name, what in tables(record).items() if name in new}
         return made | (
             {known.tag: values[name] for name in POSITION if name in values and (known := metric(name))} if made else {}
         )
@@ -67,7 +66,7 @@ class Told:
 
     def _names(self, record: Mapping[str, Any]) -> list[str]:
         of_numbers = [name for name in numbers(record) if name not in POSITION and metric(name)]
-        return of_numbers + [kind for kind, type_ in KINDS.items() if isinstance(record.get(kind), type_)]
+        return [*of_numbers, *tables(record)]
 
 
 class Service(Protocol):
@@ -81,7 +80,7 @@ class Service(Protocol):
         """Go on with the run of that id, or begin it; returns its id."""
 
     def send(self, number: int, step: int, at: float, what: Mapping[str, Any]) -> None:
-        """Record `number` of all lives: numbers by their tags, and what there is of KINDS; `at`: Unix seconds."""
+        """Record `number` of all lives: numbers by their tags, and what `tables` has of it; `at`: Unix seconds."""
 
     def finish(self) -> None:
         """This life is over."""

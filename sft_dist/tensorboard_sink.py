@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sft_dist.glossary import as_markdown, metric
-from sft_dist.metrics import numbers
+from sft_dist.metrics import numbers, tables
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -54,10 +54,9 @@ class TensorBoard:
         step, at = record["step"], record.get("at", time.time())
         if values := numbers(record):
             self._draw(step, at, values)
-        for kind, (type_, draw) in _DRAWN.items():
-            for what in _of(record, kind, type_):
-                for summary in _as_far_as_known(draw, what):
-                    self._add("", summary, step, at)
+        for kind, what in tables(record).items():
+            for summary in _DRAWN[kind](what):
+                self._add("", summary, step, at)
         if flush:
             self._flush()
 
@@ -153,19 +152,6 @@ class _EventFile:
             file.raw.close()
 
 
-def _of(record: Mapping[str, Any], kind: str, type_: type) -> list[Any]:
-    """What a record holds of a kind, if it is what we would have written."""
-    return [record[kind]] if isinstance(record.get(kind), type_) else []
-
-
-def _as_far_as_known(draw: Callable[[Any], Iterator[Summary]], what: Any) -> list[Summary]:
-    """The summaries of it; none of what another version wrote in a shape of its own."""
-    try:
-        return list(draw(what))
-    except (LookupError, TypeError, ValueError, AttributeError):
-        return []
-
-
 def _samples(answers: list[Mapping[str, str]]) -> Iterator[Summary]:
     return (_text(f"samples/{number}", _answer(answer)) for number, answer in enumerate(answers))
 
@@ -184,11 +170,11 @@ def _config(config: Mapping[str, Any]) -> Iterator[Summary]:
     yield from _hparams(config)
 
 
-_DRAWN: dict[str, tuple[type, Callable[[Any], Iterator[Summary]]]] = {
-    "samples": (list, _samples),
-    "confusion": (dict, _confusion),
-    "document_losses": (dict, _document_losses),
-    "config": (dict, _config),
+_DRAWN: dict[str, Callable[[Any], Iterator[Summary]]] = {
+    "samples": _samples,
+    "confusion": _confusion,
+    "document_losses": _document_losses,
+    "config": _config,
 }
 
 

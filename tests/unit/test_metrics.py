@@ -4,7 +4,7 @@ import json
 import pytest
 
 from sft_dist.errors import DataError
-from sft_dist.metrics import JsonLines, Metrics, numbers, peak_memory_bytes, read_lines
+from sft_dist.metrics import JsonLines, Metrics, numbers, peak_memory_bytes, read_lines, tables
 
 ANSWERS = [
     {"prompt": "Is this\nspam?", "answer": " ham ", "expected": "ham"},
@@ -217,3 +217,30 @@ def test_what_is_no_number_is_said_and_left_out(tmp_path, caplog):
     metrics.close()
     assert [numbers(line) for line in read_lines(path)] == [{"loss": 1.5}]
     assert "warning: step 3: validation_loss is nan, and is left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "odd"),
+    [
+        ("samples", "none"),
+        ("samples", ["a"]),
+        ("samples", [{"prompt": "a", "answer": "b"}]),
+        ("confusion", []),
+        ("confusion", {"labels": ["a"]}),
+        ("confusion", {"labels": ["a", "b"], "counts": [[1, 2]]}),
+        ("confusion", {"labels": ["a"], "counts": [["x"]]}),
+        ("document_losses", 3),
+        ("document_losses", {"counts": [], "edges": [0.0]}),
+        ("document_losses", {"counts": [1], "edges": [0.0]}),
+        ("config", "y"),
+        ("config", {"train": None}),
+    ],
+)
+def test_what_another_version_wrote_in_its_own_shape_is_left_out(kind, odd):
+    known = {
+        "samples": [{"prompt": "a", "answer": "b", "expected": ""}],
+        "confusion": {"labels": ["a"], "counts": [[1]]},
+    }
+    known |= {"document_losses": {"counts": [1], "edges": [0.0, 0.5], "mean": 0.2}, "config": {"train": {}}}
+    assert tables({"step": 1, "loss": 2.5, **known}) == known
+    assert tables({"step": 1, **known, kind: odd}) == {name: what for name, what in known.items() if name != kind}

@@ -147,6 +147,16 @@ def test_who_goes_back_by_hand_gets_another_run_there_with_all_that_counts(tmp_p
     assert len(list((tmp_path / "services").iterdir())) == 2, "what the first was told is kept"
 
 
+def test_what_another_version_wrote_holds_nothing_back(tmp_path):
+    metrics = life(tmp_path, service := Ours(), 0, 1)
+    metrics.sinks[0].write({"step": 1, "samples": ["a"], "confusion": {"labels": []}})
+    metrics.stepped(2, 200)
+    metrics.scalars(2, {"loss": 8.0})
+    metrics.close()
+    assert curve(service.known) == [(1, 9.0), (2, 8.0)]
+    assert service.is_finished
+
+
 def test_a_damaged_memory_of_what_was_told_is_none(tmp_path):
     path = tmp_path / "ours.json"
     for content in ("", "{", "[]", '{"other": 1}'):
