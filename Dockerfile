@@ -1,4 +1,4 @@
-# sft-dist with CUDA, a compiler for DeepSpeed's offload, and every package at the release that the tests ran with.
+# sft-dist with CUDA, a compiler for packages that come as source, and every package at the release that the tests ran with.
 #
 #     docker build -t sft-dist .
 #     docker run --rm --gpus all --ipc=host -v "$PWD:/work" sft-dist train RUN.yaml
@@ -6,7 +6,7 @@
 # apptainer.def makes the same for clusters; docs/install.md says how to use either, and what was tried.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 
-# python3-dev, g++ and ninja build DeepSpeed's CPU optimizer where a run offloads, and Triton's kernels; nothing else is compiled.
+# python3-dev, g++ and ninja build Triton's kernels, and flash attention where it is added; nothing here is compiled.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends g++ ninja-build python3-dev python3-venv \

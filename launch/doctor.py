@@ -273,14 +273,14 @@ def _driver() -> str:
 
 
 def compiler() -> Check:
-    """What builds DeepSpeed's own kernels: only offload takes them."""
+    """What builds packages that come as source, such as flash attention: nothing of this project is compiled, offload neither."""
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
     missing = [name for name, there in (("a C++ compiler", found), ("ninja", shutil.which("ninja"))) if not there]
     if missing:
         return Check(
             "compiler",
             False,
-            f"{' and '.join(missing)} not found: needed for offload (ds_configs/*_offload.json) only",
+            f"{' and '.join(missing)} not found: nothing here needs it, but flash-attn from source does",
             "apt install g++ ninja-build, or your system's packages of these names",
         )
     return Check("compiler", True, f"{found}, ninja" + (", nvcc" if shutil.which("nvcc") else ""))

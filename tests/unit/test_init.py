@@ -267,6 +267,7 @@ def test_who_leaves_in_the_middle_leaves_nothing_behind(here, how):
     terminal = Terminal(here, "--data", SEEDS)
     terminal.wait_for("[instructions]: ")
     if how == "interrupt":
+        time.sleep(0.5)  # a signal between Python's prompt and its waiting for keys is heeded at the next key only
         terminal.process.send_signal(signal.SIGINT)
     else:
         terminal.type("\x04")
