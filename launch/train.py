@@ -174,7 +174,7 @@ def _train(
     budget: Budget,
 ) -> tuple[Reason, TrainState, int]:
     """From a model to its last step; returns why it ended, the state that is saved by then, and the steps of the run."""
-    from launch import fit, parts
+    from launch import fit, going_on, parts
     from sft_dist.preflight import rehearse
 
     def beat(phase: str) -> None:
@@ -193,7 +193,7 @@ def _train(
         beat("dry step")
         fit.dry_step(plan, engine, parts.full_micro_batch(plan, device))
     beat("restore")
-    state, resumed_from = parts.resume(plan, checkpoints, engine)
+    state, resumed_from = going_on.resume(plan, checkpoints, engine)
     total = plan.steps(state)
     beat("write a sample")
     speed = rehearse(checkpoints, engine.fragments)
@@ -233,7 +233,7 @@ def _to_the_end(
     nodes: Sequence[str],
 ) -> tuple[Reason, TrainState, int]:
     """Train from `resumed` on, and from an earlier checkpoint where steps can no longer be applied; returns as `_train` does."""
-    from launch import parts
+    from launch import going_on, parts
     from sft_dist.stragglers import Stragglers
     from sft_dist.trainer import train
 
@@ -267,7 +267,7 @@ def _to_the_end(
             if watching is not None:
                 watching.beat(state.step, "restore")
             budget.enter("restore")
-            state = parts.roll_back(plan, checkpoints, engine, state, resumed)
+            state = going_on.roll_back(plan, checkpoints, engine, state, resumed)
             total = plan.steps(state)
             metrics.close()
             metrics, _ = parts.metrics(plan, state, total, budget, is_going_back=True)

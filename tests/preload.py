@@ -4,5 +4,5 @@ import deepspeed  # noqa: F401
 import torch  # noqa: F401
 import transformers  # noqa: F401
 
-from launch import certify, chat, hand_over, measure, parts, profiling  # noqa: F401
+from launch import certify, chat, going_on, hand_over, measure, parts, profiling  # noqa: F401
 from sft_dist import checkpoint, engine, evaluate, model, step_profile, trainer  # noqa: F401

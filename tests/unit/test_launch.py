@@ -362,7 +362,7 @@ def test_a_deadline_that_is_over_is_refused_before_any_group_starts(run):
 
 
 def state_and_notes(state, **resume):
-    from launch.parts import with_changes
+    from launch.going_on import with_changes
 
     return with_changes(state, {"seed": 0}, {"seed": 0}, train.Resume(**resume))
 
