@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from launch.settle import find_compiler
 from sft_dist import __version__
 from sft_dist.gpus import GIB
 
@@ -273,14 +274,14 @@ def _driver() -> str:
 
 
 def compiler() -> Check:
-    """What builds packages that come as source, such as flash attention: nothing of this project is compiled, offload neither."""
-    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    """What train.compile calls, and what builds packages that come as source, such as flash attention."""
+    found = find_compiler()
     missing = [name for name, there in (("a C++ compiler", found), ("ninja", shutil.which("ninja"))) if not there]
     if missing:
         return Check(
             "compiler",
             False,
-            f"{' and '.join(missing)} not found: nothing here needs it, but flash-attn from source does",
+            f"{' and '.join(missing)} not found: train.compile needs the compiler, and flash-attn from source both; nothing else here does",
             "apt install g++ ninja-build, or your system's packages of these names",
         )
     return Check("compiler", True, f"{found}, ninja" + (", nvcc" if shutil.which("nvcc") else ""))

@@ -93,7 +93,8 @@ def all_choices(plan: Plan, model: Model, card: Gpu | None) -> list[Choice]:
     world_size = plan.batch.world_size
     of_step = plan.batch.global_batch_rows // world_size
     rows = plan.batch.micro_batch_rows
-    return list(choices(model, zeros, card, world_size=world_size, rows_per_rank=of_step, rows=rows))
+    own = plan.config.train.gradient_checkpointing
+    return list(choices(model, zeros, card, world_size=world_size, rows_per_rank=of_step, rows=rows, own=own))
 
 
 def needed(plan: Plan, model: Model) -> Parts:

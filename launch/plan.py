@@ -15,6 +15,7 @@ from sft_dist.batch import num_steps
 from sft_dist.config import read
 from sft_dist.errors import ConfigError
 from sft_dist.gpus import GIB, Gpu, gpu, names
+from sft_dist.layers import SPEED, Recompute
 from sft_dist.metrics import read_lines
 from sft_dist.plan import ERROR, Choice, Model, advice
 from sft_dist.retention import list_folders
@@ -24,6 +25,7 @@ from sft_dist.usage import USAGE, gpu_seconds, read_usage
 from sft_dist.zero import shipped
 
 Say = Callable[[str], None]
+_RECOMPUTE: dict[Recompute, str] = {False: "no", True: "yes", "selective": "part", "offload": "offload"}
 _SHORT = {
     "weights": "weights", "grads": "gradients", "optim.": "optimizer", "activ.": "activations", "logits": "logits",
     "buffers": "buffers", "total": "total", "host": "host",
@@ -88,7 +90,7 @@ def memory_table(plan: Plan, found: list[Choice], card: Gpu | None) -> Iterator[
             if card is None
             else f"{'fits' if choice.parts.total <= card.usable_bytes else 'NO':>6}{choice.largest or 'none':>6}"
         )
-        yield f"{'→ ' if is_own else '  '}{name:15}{'yes' if choice.checkpointing else 'no':>9}{numbers}{fits}"
+        yield f"{'→ ' if is_own else '  '}{name:15}{_RECOMPUTE[choice.checkpointing]:>9}{numbers}{fits}"
     if card is None:
         yield f"\nwith --gpu it is told what fits: {', '.join(names())}, or its memory, as in 48gb"
         return
@@ -134,9 +136,9 @@ def _flops_per_second(plan: Plan, card: Gpu | None, options: Options) -> tuple[f
     peak = card.flops(plan.config.train.precision) if card else None
     if card is None or peak is None:
         return None, ""
-    is_slower = plan.config.train.gradient_checkpointing
-    mfu = options.mfu * (0.75 if is_slower else 1.0)
-    less = ", of which recomputation takes a quarter" if is_slower else ""
+    share = SPEED[plan.config.train.gradient_checkpointing]
+    mfu = options.mfu * share
+    less = f", of which recomputation takes {1 - share:.0%}" if share < 1 else ""
     return peak * mfu, f"if {options.mfu:.0%} of {card.name}'s {peak / 1e12:,.0f} TFLOP/s are used (--mfu{less})"
 
 

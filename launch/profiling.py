@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from sft_dist.comms import Comms
     from sft_dist.engine import Engine
     from sft_dist.flops import Cost
+    from sft_dist.layers import Recompute
     from sft_dist.plan import Model
 
 
@@ -127,6 +128,11 @@ def cut(plan: Plan, micro_batches: int) -> Plan:
     return replace(plan, batch=replace(batch, accumulation_steps=accumulation_steps, global_batch_rows=rows))
 
 
+def _uncompiled(plan: Plan) -> Plan:
+    train = plan.config.train.model_copy(update={"compile": False})
+    return replace(plan, config=plan.config.model_copy(update={"train": train}))
+
+
 def profile(whole: Plan, options: Options) -> int:
     """Profile the first steps of the run's stream on this rank; the main rank says what was found. Nothing of the run is touched."""
     from torch.cuda import is_available as has_gpu
@@ -134,6 +140,7 @@ def profile(whole: Plan, options: Options) -> int:
     from launch import fit, parts
     from sft_dist.flops import Cost
 
+    is_compiled, whole = whole.config.train.compile, _uncompiled(whole)
     planned = fit.model_of(whole)
     if whole.topology.is_main and has_gpu():
         fit.refuse_what_cannot_fit(whole, planned, fit.of_this_machine(whole.topology))
@@ -154,6 +161,8 @@ def profile(whole: Plan, options: Options) -> int:
         return 0
     advised = [f"  * {line}" for line in advice(found, _setting(plan, whole, planned))]
     nothing = ["  none: no part stands out that a key of the run file would change"]
+    if is_compiled:
+        proven += "\nnote: profiled with train.compile=false, because the parts of a compiled layer cannot be told from one another"
     lines = [proven, *told(plan.batch, whole.batch, found, options.trace), "", "advice:", *(advised or nothing)]
     print("\n".join(lines), flush=True)
     return 0
@@ -196,7 +205,7 @@ def _setting(plan: Plan, whole: Plan, planned: Model) -> Setting:
 
     train, batch = plan.config.train, whole.batch
 
-    def largest(checkpointing: bool) -> int | None:
+    def largest(checkpointing: Recompute) -> int | None:
         card, rows = fit.of_this_machine(plan.topology), batch.accumulation_steps * batch.micro_batch_rows
         if planned.has_experts:
             return None

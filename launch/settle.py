@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -184,6 +186,20 @@ def check_deadline(config: RunConfig) -> None:
     deadline = config.budget.deadline
     if deadline is not None and deadline.timestamp() < time.time():
         raise ConfigError(f"budget.deadline: {deadline.isoformat()} is over; set a later one, or leave it out")
+
+
+def check_compiler(config: RunConfig) -> None:
+    """Raises ConfigError where layers are to be compiled, and there is nothing that could."""
+    if config.train.compile and find_compiler() is None:
+        raise ConfigError(
+            "train.compile: no C++ compiler was found here (g++, c++ or clang++, or what CXX names); install one, load your cluster's "
+            "module of it, or set train.compile: false"
+        )
+
+
+def find_compiler() -> str | None:
+    """What torch.compile would call."""
+    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
 
 
 def order_of(config: RunConfig, shards: Shards | Joined, mixture: Mixture | None) -> Callable[[np.ndarray], np.ndarray]:

@@ -15,6 +15,7 @@ from sft_dist.step_trace import ATTENTION, COMMUNICATION, DATA, GAPS, OPTIMIZER,
 
 if TYPE_CHECKING:
     from sft_dist.batch import Batch
+    from sft_dist.layers import Recompute
     from sft_dist.step_profile import Profile
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -228,15 +229,15 @@ def timeline(memory: Sequence[tuple[float, int]]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What of a run could be changed. `largest`: recomputation or not -> rows of the largest micro-batch that fits, None: none."""
+    """What of a run could be changed. `largest`: what is recomputed -> rows of the largest micro-batch that fits, None: none."""
 
     attention: str
     has_varlen: bool  # a GPU, and 16 bit
     zero_stage: int
-    checkpointing: bool
+    checkpointing: Recompute
     batch: Batch
     whole: Batch
-    largest: Callable[[bool], int | None]
+    largest: Callable[[Recompute], int | None]
 
 
 def advice(found: Sequence[Found], setting: Setting) -> Iterator[str]:
@@ -250,11 +251,8 @@ def advice(found: Sequence[Found], setting: Setting) -> Iterator[str]:
             f"{main.dense_ratio:.1f} times the pairs that are seen{_see_less(main.fed, setting)}"
         )
     again = split.recomputed / split.seconds
-    if again >= 0.05 and (rows := setting.largest(False)):
-        yield (
-            f"{again:.0%} of the step is recomputation, and {rows} rows a micro-batch fit without it: "
-            f"train.gradient_checkpointing=false train.micro_batch_rows={min(rows, batch.micro_batch_rows)}"
-        )
+    if again >= 0.05:
+        yield from _keep_more(again, setting)
     if shares[COMMUNICATION] >= 0.1:
         yield f"communication is {shares[COMMUNICATION]:.0%} of the step: {_talk_less(setting)}"
         yield from _uneven(found)
@@ -277,6 +275,17 @@ def advice(found: Sequence[Found], setting: Setting) -> Iterator[str]:
                 f"host gaps are {shares[GAPS]:.0%} of the step: micro-batches of {batch.micro_batch_rows} rows are soon done, and up "
                 f"to {rows} fit: a larger train.micro_batch_rows"
             )
+
+
+def _keep_more(again: float, setting: Setting) -> Iterator[str]:
+    ways: list[tuple[Recompute, str]] = [(False, "without it"), ("selective", "with half of it")]
+    for way, told in ways if setting.checkpointing != "selective" else ways[:1]:
+        if rows := setting.largest(way):
+            yield (
+                f"{again:.0%} of the step is recomputation, and {rows} rows a micro-batch fit {told}: "
+                f"train.gradient_checkpointing={str(way).lower()} train.micro_batch_rows={min(rows, setting.batch.micro_batch_rows)}"
+            )
+            return
 
 
 def _see_less(fed: Fed, setting: Setting) -> str:

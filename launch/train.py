@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):  # started by path from a clone
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.settle import Plan, Resume, check_deadline
+from launch.settle import Plan, Resume, check_compiler, check_deadline
 from sft_dist import watchdog
 from sft_dist.config import load
 from sft_dist.errors import BusyError, ConfigError, DataError, HealthError, SftDistError
@@ -103,6 +103,7 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
     from sft_dist.reproduce import require_same
 
     check_deadline(plan.config)
+    check_compiler(plan.config)
     tight = None
     if plan.topology.is_main and has_gpu():  # GPUs are alike, or the preflight says so
         tight = fit.refuse_what_cannot_fit(plan, fit.model_of(plan), fit.of_this_machine(plan.topology))

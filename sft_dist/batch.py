@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from sft_dist.errors import ConfigError
 from sft_dist.schema import TrainConfig
@@ -96,3 +98,17 @@ def num_steps(rows: int, batch: Batch) -> int:
     32
     """
     return math.ceil(rows / batch.global_batch_rows)
+
+
+def with_last(items: Iterable[Any]) -> Iterator[tuple[bool, Any]]:
+    """Each item with whether it is the last one.
+
+    >>> list(with_last("ab"))
+    [(False, 'a'), (True, 'b')]
+    """
+    iterator = iter(items)
+    held = next(iterator)
+    for item in iterator:
+        yield False, held
+        held = item
+    yield True, held

@@ -130,7 +130,7 @@ def _explain(problem: Any) -> str:
     if kind == "missing":
         return f"{key}: missing, and it has no default; add it"
     rule = problem["msg"].removeprefix("Value error, ")
-    rule = rule[:1].lower() + rule[1:]
+    rule = (rule[:1].lower() + rule[1:]).replace("False, True,", "false, true,")  # as YAML spells them
     if kind == "value_error":
         return f"{key}: {rule}"
     if kind == "literal_error":

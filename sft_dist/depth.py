@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from sft_dist.memory import Alive, Gradient, Traced, layers_of, trace
+from sft_dist.layers import layers_of
+from sft_dist.memory import Alive, Gradient, Traced, trace
 from sft_dist.schema import ModelConfig
 
 _SHALLOW = (3, 4)  # layers: the first, the last, and one or two between, which are like all others between
@@ -33,7 +34,7 @@ def traced(config: ModelConfig, made: PretrainedConfig, meta: torch.nn.Module, *
 
 def are_equal(meta: torch.nn.Module, made: PretrainedConfig) -> bool:
     """Whether all layers are made of the same parts, and nothing in the configuration tells some from others."""
-    layers = layers_of(meta, made)
+    layers = layers_of(meta, made.num_hidden_layers)
     shapes = {str([(name, one.shape) for name, one in layer.named_parameters()]) for layer in layers}
     return len({str(layer) for layer in layers}) == len(shapes) == 1 and not any(
         len({str(value) for value in values}) > 1 for values in _a_layer_each(made).values()
@@ -83,7 +84,8 @@ def deepened(three: Traced, four: Traced, layers: int) -> Traced | None:
     made = [_grown(*pair, more) for pair in zip(top_of_three, top, strict=True)]
     for number in range(layers - 2, 0, -1):  # the one next above the first is `middle`, the next one `above`
         made += [_grown(*pair, number - 2) for pair in zip(middle, above, strict=True)]
-    return Traced(_further(three.forward, four.forward, more), (*made, *first, *last))
+    host = four.host + (four.host - three.host) * more
+    return Traced(_further(three.forward, four.forward, more), (*made, *first, *last), host)
 
 
 def _by_layer(one: Traced) -> list[list[Gradient]] | None:

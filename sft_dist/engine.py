@@ -18,8 +18,9 @@ import torch
 
 from sft_dist import kernels, layout, ledger
 from sft_dist.attention import packed_logits
-from sft_dist.batch import Batch
+from sft_dist.batch import Batch, with_last
 from sft_dist.head import Head, Scores, scores_at, targets_at
+from sft_dist.layers import compile_layers
 from sft_dist.loss import sums_by_set
 from sft_dist.optimizer import GatedAdamW, decay_groups
 from sft_dist.schema import TrainConfig
@@ -48,8 +49,7 @@ class Applied:
     own_seconds: float = 0.0
 
 
-# What DeepSpeed's DynamicLossScaler remembers.
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what DynamicLossScaler remembers
 
 
 class Engine:
@@ -82,7 +82,8 @@ class Engine:
         self._ledger_keys: torch.Tensor | None = None
         self._forward = Stopwatch(device)
         self.head = Head(model)
-        self.deepspeed = _initialize(model, self.adam, deepspeed_config(zero, config, batch))
+        leaves = compile_layers(model) if config.compile else ()
+        self.deepspeed = _initialize(model, self.adam, deepspeed_config(zero, config, batch, leaves))
         if config.precision == "fp16":  # else a gradient that stays bad ends in an exception of DeepSpeed's own
             self.deepspeed.optimizer.loss_scaler.raise_error_at_min_scale = False
 
@@ -107,7 +108,7 @@ class Engine:
         losses, rows = torch.zeros(64, dtype=torch.float64, device=self.device), list[Any]()
         fed = torch.zeros(3, dtype=torch.int64, device=self.device)
         set_sums = torch.zeros(2, self.num_sets, dtype=torch.float64, device=self.device) if self.num_sets > 1 else None
-        batches = _with_last(micro_batches)
+        batches = with_last(micro_batches)
         for is_last, micro_batch in batches:
             if should_abandon():
                 return None
@@ -239,17 +240,3 @@ def _initialize(model: torch.nn.Module, adam: torch.optim.Optimizer, config: dic
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     return deepspeed.initialize(model=model, optimizer=adam, config=config, dist_init_required=False)[0]
-
-
-def _with_last(items: Iterable[Any]) -> Iterator[tuple[bool, Any]]:
-    """Each item with whether it is the last one.
-
-    >>> list(_with_last("ab"))
-    [(False, 'a'), (True, 'b')]
-    """
-    iterator = iter(items)
-    held = next(iterator)
-    for item in iterator:
-        yield False, held
-        held = item
-    yield True, held

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
 from sft_dist.head import Head, num_places, part_places, scores_at
+from sft_dist.layers import Recompute, layers_of, recompute
 from sft_dist.model import build
 from sft_dist.schema import ModelConfig
 
@@ -48,17 +50,18 @@ class Gradient(NamedTuple):
 class Traced:
     """One micro-batch's activations and temporary values, weights and gradients not counted.
 
-    `forward`: the most before the first gradient is there; `gradients`: how it goes on.
+    `forward`: the most before the first gradient is there; `gradients`: how it goes on; `host`: bytes put aside there.
     """
 
     forward: Alive
     gradients: tuple[Gradient, ...] = ()
+    host: int = 0
 
     def grown(self, two: Traced, rows: int) -> Traced:
         """Of `rows` rows, where this is of one and `two` of two: part grows with the rows, and part, such as a gradient, does not.
 
         >>> Traced(Alive(10, 4)).grown(Traced(Alive(16, 8)), rows=5)
-        Traced(forward=Alive(bytes=34, logits=20), gradients=())
+        Traced(forward=Alive(bytes=34, logits=20), gradients=(), host=0)
         """
 
         def more(of_one: Alive, of_two: Alive) -> Alive:
@@ -68,7 +71,8 @@ class Traced:
         gradients = (
             one._replace(peak=more(one.peak, other.peak), after=more(one.after, other.after)) for one, other in pairs
         )
-        return Traced(more(self.forward, two.forward), tuple(gradients))
+        host = self.host + (two.host - self.host) * (rows - 1)
+        return Traced(more(self.forward, two.forward), tuple(gradients), host)
 
     def backward(self, bucket: int, bytes_of_bucket: float, bytes_to_reduce: float) -> tuple[Alive, float]:
         """(activations, bytes of buffers) when most is needed while gradients fill buckets of so many elements.
@@ -96,10 +100,23 @@ class Live(TorchDispatchMode):
 
     def __init__(self, vocab_size: int = 0) -> None:
         super().__init__()
-        self.bytes = self.logits = 0
+        self.bytes = self.logits = self.host = 0
         self.peak = Alive(0)
         self._vocab_size = vocab_size
         self._seen: dict[int, tuple[int, bool]] = {}
+        self._is_aside = False
+
+    def aside(self) -> AbstractContextManager[Any]:
+        """Within it what autograd saves is counted as the host's."""
+
+        def put(saved: torch.Tensor) -> torch.Tensor:
+            self._is_aside = True
+            copy = saved.clone()
+            self._is_aside = False
+            self.host += copy.untyped_storage().nbytes()
+            return copy
+
+        return torch.autograd.graph.saved_tensors_hooks(put, torch.clone)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -110,7 +127,7 @@ class Live(TorchDispatchMode):
 
     def _count(self, made: torch.Tensor) -> None:
         storage = made.untyped_storage()
-        if storage._cdata in self._seen or made.device.type == "meta":
+        if self._is_aside or storage._cdata in self._seen or made.device.type == "meta":
             return
         is_logits = made.ndim > 1 and made.shape[-1] == self._vocab_size
         self._seen[storage._cdata] = storage.nbytes(), is_logits
@@ -130,19 +147,14 @@ class Live(TorchDispatchMode):
         self.peak = Alive(self.bytes, self.logits)
 
 
-def layers_of(model: torch.nn.Module, made: PretrainedConfig) -> list[torch.nn.Module]:
-    """The layers that the model stacks; none where they cannot be told from its other parts."""
-    stacks = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
-    return next((list(stack) for stack in stacks if len(stack) == made.num_hidden_layers), [])
-
-
 def trace(
-    config: ModelConfig, made: PretrainedConfig, *, rows: int, seq_len: int, precision: str, checkpointing: bool
+    config: ModelConfig, made: PretrainedConfig, *, rows: int, seq_len: int, precision: str, checkpointing: Recompute
 ) -> Traced:
     """The activations of a micro-batch of `rows` rows of `seq_len` tokens, every token a target, as they are on a GPU."""
     with FakeTensorMode(), Live(made.vocab_size) as live:
         scratch = config.model_copy(update={"init": "scratch"})
-        model = build(scratch, made, seed=0, gradient_checkpointing=checkpointing, dtype=DTYPES[precision]).train()
+        model = build(scratch, made, seed=0, gradient_checkpointing=False, dtype=DTYPES[precision]).train()
+        recompute(model, checkpointing, live.aside)
         tokens = torch.zeros(rows, seq_len, dtype=torch.int64)
         positions = torch.arange(seq_len).expand(rows, seq_len)
         places = torch.zeros(num_places(rows * (seq_len - 1)), dtype=torch.int64)
@@ -150,7 +162,7 @@ def trace(
         before = live.bytes
         live.restart()
         gradients: list[Gradient] = []
-        layers = enumerate(layers_of(model, made))
+        layers = enumerate(layers_of(model, made.num_hidden_layers))
         layer_of = {id(parameter): number for number, layer in layers for parameter in layer.parameters()}
 
         def take(parameter: torch.Tensor) -> None:
@@ -162,7 +174,7 @@ def trace(
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(take)
         scores_at(model, tokens, positions, places, places).loss.backward()
-    return Traced(gradients[0].peak, tuple(gradients))
+    return Traced(gradients[0].peak, tuple(gradients), live.host)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,5 +280,5 @@ def parts(size: Size, traced: Traced, zero: Mapping[str, Any], *, world_size: in
         alive.bytes - alive.logits,
         alive.logits,
         kept.always + more,
-        kept.host,
+        kept.host + traced.host,
     )

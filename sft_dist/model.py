@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from sft_dist.errors import ModelError
 from sft_dist.kernels import ATTENTION_DROPOUTS
+from sft_dist.layers import Recompute, recompute
 from sft_dist.schema import ModelConfig
 
 _log = logging.getLogger("sft_dist")
@@ -65,7 +66,7 @@ def build(
     made: PretrainedConfig,
     *,
     seed: int,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: Recompute,
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """The model on the CPU: pre-trained from safetensors, or random as a function of `seed` alone.
@@ -92,10 +93,7 @@ def build(
             ),
             str(config.name_or_path),
         )
-    if gradient_checkpointing:
-        # transformers 5 renames it on the way to 6; both take this as their first argument
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    recompute(model, gradient_checkpointing)
     return model
 
 

@@ -14,9 +14,15 @@ from sft_dist.errors import ConfigError, ModelError
 from sft_dist.flops import flops_per_row, matmul_parameters
 from sft_dist.gpus import GIB, Gpu
 from sft_dist.head import part_places
+from sft_dist.layers import SPEED, Recompute
 from sft_dist.memory import Parts, Size, Traced, parts
 from sft_dist.schema import ModelConfig
 
+_WAYS: tuple[Recompute, ...] = (
+    False,
+    "selective",
+    True,
+)  # putting activations on the host is for long rows: by name only
 ERROR = 0.10  # of a prediction, at most: what is more than so much too large is refused
 
 
@@ -43,7 +49,7 @@ class Model:
     meta: torch.nn.Module
     seq_len: int
     precision: str
-    _traced: dict[tuple[int, bool], Traced] = field(default_factory=dict)  # by rows and recomputation
+    _traced: dict[tuple[int, Recompute], Traced] = field(default_factory=dict)  # by rows and recomputation
 
     def __post_init__(self) -> None:
         self.size = Size.of(self.meta)
@@ -53,7 +59,7 @@ class Model:
         """Whether it is a mixture of experts, of which each token sees a part only."""
         return any(getattr(self.made, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
 
-    def parts(self, zero: Mapping[str, Any], *, world_size: int, rows: int, checkpointing: bool) -> Parts:
+    def parts(self, zero: Mapping[str, Any], *, world_size: int, rows: int, checkpointing: Recompute) -> Parts:
         """The memory of a rank with micro-batches of `rows` rows. Raises ModelError for a mixture of experts."""
         if self.has_experts:
             raise ModelError(
@@ -63,7 +69,7 @@ class Model:
         alive = self._trace(rows, checkpointing)
         return parts(self.size, alive, zero, world_size=world_size, precision=self.precision)
 
-    def _trace(self, rows: int, checkpointing: bool) -> Traced:
+    def _trace(self, rows: int, checkpointing: Recompute) -> Traced:
         """Row for row the same is added, once there are so many that the head takes their logits in parts."""
         enough = -(-part_places(self.made.vocab_size, "cuda") // self.seq_len)
         if rows > enough + 1:
@@ -79,7 +85,7 @@ class Model:
         return self._traced[rows, checkpointing]
 
     def largest(
-        self, zero: Mapping[str, Any], gpu: Gpu, *, world_size: int, rows_per_rank: int, checkpointing: bool
+        self, zero: Mapping[str, Any], gpu: Gpu, *, world_size: int, rows_per_rank: int, checkpointing: Recompute
     ) -> int | None:
         """The largest micro-batch that divides a rank's rows of a step and fits the GPU; None when not even one row does."""
         for rows in reversed(divisors(rows_per_rank)):
@@ -102,7 +108,7 @@ class Choice:
     """
 
     zero: str
-    checkpointing: bool
+    checkpointing: Recompute
     rows: int
     parts: Parts
     largest: int | None
@@ -110,13 +116,13 @@ class Choice:
     is_offloaded: bool = False
 
     @property
-    def rank(self) -> tuple[bool, bool, bool, int, int]:
-        """Ascending from the fastest: offload waits for the bus, short micro-batches for the weights, recomputation costs a third
-        more, and each ZeRO stage talks as much as the one before or more."""
+    def rank(self) -> tuple[bool, bool, float, int, int]:
+        """Ascending from the fastest: offload waits for the bus, short micro-batches for the weights, recomputation costs up to a
+        third more, and each ZeRO stage talks as much as the one before or more."""
         return (
             self.is_offloaded,
             (self.largest or 0) < 2,
-            self.checkpointing,
+            -SPEED[self.checkpointing],
             self.stage,
             -(self.largest or 0),
         )
@@ -130,14 +136,16 @@ def choices(
     world_size: int,
     rows_per_rank: int,
     rows: int | None,
+    own: Recompute = False,
 ) -> Iterator[Choice]:
-    """Every DeepSpeed file with and without recomputation; `rows` of a micro-batch, None: the largest that fits, or one."""
+    """Every DeepSpeed file, each with all, part and nothing of what layers make kept; `rows` of a micro-batch, None: the largest that fits, or one;
+    `own`: a further way of recomputation."""
     for name, zero in zeros.items():
         section = zero.get("zero_optimization", {})
         stage, is_offloaded = section.get("stage", 0), "offload_optimizer" in section or "offload_param" in section
         if model.precision != "fp32" and stage == 0:
             continue  # refused: DeepSpeed's optimizer takes a wrong first step there
-        for checkpointing in (False, True):
+        for checkpointing in dict.fromkeys((*_WAYS, own)):
             common: dict[str, Any] = {"world_size": world_size, "checkpointing": checkpointing}
             largest = model.largest(zero, gpu, rows_per_rank=rows_per_rank, **common) if gpu is not None else None
             used = rows or largest or 1
@@ -163,7 +171,7 @@ def _of(made: Parts) -> str:
     return ", ".join(f"{name} {getattr(made, name) / GIB:,.1f}" for name in names if getattr(made, name) >= 0.05 * GIB)
 
 
-def advice(all_choices: Iterator[Choice] | list[Choice], own: str, checkpointing: bool) -> str:
+def advice(all_choices: Iterator[Choice] | list[Choice], own: str, checkpointing: Recompute) -> str:
     """What would fit instead, with numbers: the nearest changes first."""
     fitting = sorted((choice for choice in all_choices if choice.largest), key=lambda choice: choice.rank)
     same = [choice for choice in fitting if (choice.zero, choice.checkpointing) == (own, checkpointing)]

@@ -169,7 +169,7 @@ def _type(prop: Mapping[str, Any]) -> str:
         return "section"
     if "enum" in prop or "const" in prop:
         values = prop.get("enum", [prop.get("const")])
-        return ("one of " if len(values) > 1 else "") + ", ".join(f"`{value}`" for value in values)
+        return ("one of " if len(values) > 1 else "") + ", ".join(f"`{written(value)}`" for value in values)
     if prop.get("type") == "array":
         return f"list of {_type(prop['items'])}s".replace("texts", "text")
     if prop.get("maxLength") == 1:

@@ -239,6 +239,11 @@ class BadStepsConfig(Section):
     """Steps that a gradient norm is compared with."""
 
 
+def _no_number(value: Any) -> Any:
+    """To Python 0 and False are equal; a run file may have one of them only."""
+    return str(value) if type(value) in (int, float) else value
+
+
 class TrainConfig(Section):
     """Shards → optimizer steps."""
 
@@ -272,8 +277,11 @@ class TrainConfig(Section):
     """Compute precision; masters, accumulation and reduction are fp32 always. fp16 (GPU only) scales the loss by itself."""
     attention: Literal["auto", "sdpa", "varlen", "by_document", "flash_attention_2", "flash_attention_3"] = "auto"
     """Kernel for packed rows; `auto`: the fastest one here that is proven at the start. All but sdpa do no work between documents."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    gradient_checkpointing: Annotated[Literal[False, True, "selective", "offload"], BeforeValidator(_no_number)] = False
+    """Recompute activations in the backward pass. `true`: the least memory, a third more compute; `selective`: matrix products that are
+    dear and attention are kept, half of that; `offload`: as `true`, and what is kept waits in the memory of the host."""
+    compile: bool = False
+    """Compile the layers with `torch.compile` (a C++ compiler is needed): the first step takes a minute longer, the others less."""
     seed: int = Field(default=0, ge=0)
     """What the order of rows, dropout and the weights of a model from scratch are drawn from."""
     order: Literal["rows"] | BlockOrder = "rows"
@@ -291,6 +299,8 @@ class TrainConfig(Section):
             raise ValueError("exactly one of global_batch_rows and global_batch_samples is needed; add or remove one")
         if self.epochs is None and self.max_steps is None:
             raise ValueError("one of epochs and max_steps is needed; add for example epochs: 3")
+        if self.compile and self.gradient_checkpointing == "offload":
+            raise ValueError("compile and gradient_checkpointing: offload exclude each other; leave one out")
         return self
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from launch import parts
-from sft_dist import kernels
+from launch.settle import find_compiler
+from sft_dist import engine, kernels
 from sft_dist.attention import packed_logits
+from sft_dist.layers import compile_layers
 from sft_dist.loss import target_log_probs
 from sft_dist.memory import Live
 from tests.dist import gradients, tiny
@@ -43,6 +47,8 @@ def _reference(topology, kind):
         (2, 4, {"micro_batch_rows": 1}),
         (3, 1, {"micro_batch_rows": 1}),
         (2, 2, {"micro_batch_rows": 4, "gradient_checkpointing": True}),
+        (3, 2, {"micro_batch_rows": 4, "gradient_checkpointing": "selective"}),
+        (2, 2, {"micro_batch_rows": 4, "gradient_checkpointing": "offload", "kind": "llama"}),
         (2, 2, {"micro_batch_rows": 4, "kind": "llama"}),
         (3, 2, {"micro_batch_rows": 4, "kind": "llama"}),
     ],
@@ -51,6 +57,29 @@ def test_fp32_equals_plain_pytorch(references, stage, world_size, options):
     ranks = run_workers(curve, world_size, stage, options)
     assert all(rank == ranks[0] for rank in ranks), "ranks disagree about the curve"
     tiny.assert_same_curve(ranks[0], references[options.get("kind", "gpt2")], tolerance=2e-6)
+
+
+def compiled_curve(topology, stage, backend, options):
+    engine.compile_layers = functools.partial(compile_layers, backend=backend)
+    ranks_curve = curve(topology, stage, {"micro_batch_rows": 4, "compile": True, **options})
+    return ranks_curve, counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "backend", "options"),
+    [
+        (2, "aot_eager", {"kind": "llama", "gradient_checkpointing": "selective"}),
+        (3, "aot_eager", {"kind": "llama", "gradient_checkpointing": True}),
+        pytest.param(
+            3, "inductor", {}, marks=pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here")
+        ),
+    ],
+)
+def test_compiled_layers_take_the_same_steps_by_one_graph(references, stage, backend, options):
+    ranks = run_workers(compiled_curve, 2, stage, backend, options)
+    for found, graphs in ranks:
+        tiny.assert_same_curve(found, references[options.get("kind", "gpt2")], tolerance=2e-6)
+        assert graphs == 1, "a graph for all layers and steps"
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

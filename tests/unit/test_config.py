@@ -192,7 +192,8 @@ WRONG = [
     ("train__micro_batch_rows", "atuo", "train.micro_batch_rows: 'atuo' is not allowed: ", "did you mean auto?"),
     ("train__learning_rate", -1e-5, "train.learning_rate: -1e-05 is not allowed: ", "greater than 0; correct the value"),
     ("train__warmup_ratio", 1, "train.warmup_ratio: 1 is not allowed: ", "less than 1; correct the value"),
-    ("train__gradient_checkpointing", "yes please", "train.gradient_checkpointing: 'yes please' is not allowed: ", "boolean; correct the value"),
+    ("train__gradient_checkpointing", "yes please", "train.gradient_checkpointing: 'yes please' is not allowed: ", "false, true, 'selective' or 'offload'; use one of these"),
+    ("train__gradient_checkpointing", "selectiv", "train.gradient_checkpointing: 'selectiv' is not allowed: ", "did you mean selective?"),
     ("prepare__seq_len", 4, "prepare.seq_len: 4 is not allowed: ", "greater than or equal to 16; correct the value"),
     ("prepare__sources", [], "prepare.sources: [] is not allowed: ", "correct the value"),
     ("prepare__tokenizer", {"sentencepiece": {"vocab_size": 100}}, "prepare.tokenizer.sentencepiece.vocab_size: 100 is not allowed: ", "greater than or equal to 300; correct the value"),
@@ -339,6 +340,10 @@ CROSS_FIELD = [
         "train: exactly one of global_batch_rows and global_batch_samples is needed; add or remove one",
     ),
     ({"train": {"global_batch_rows": 8}}, "train: one of epochs and max_steps is needed; add for example epochs: 3"),
+    (
+        {"train": {"global_batch_rows": 8, "epochs": 1, "compile": True, "gradient_checkpointing": "offload"}},
+        "train: compile and gradient_checkpointing: offload exclude each other; leave one out",
+    ),
 ]
 
 

@@ -36,6 +36,7 @@ def made_of(values, layers=8):
     ("values", "precision", "checkpointing"),
     [
         (GPT2, "bf16", False),
+        (GPT2, "bf16", "offload"),
         ({**LLAMA, "model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True}, "fp32", True),
     ],
 )

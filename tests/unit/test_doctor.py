@@ -227,7 +227,7 @@ def test_a_compiler_or_none(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     check = doctor.compiler()
     assert (check.works, check.is_needed) == (False, False)
-    assert "a C++ compiler and ninja not found: nothing here needs it" in check.found
+    assert "a C++ compiler and ninja not found: train.compile needs the compiler" in check.found
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     assert doctor.compiler().found == "/bin/g++, ninja, nvcc"
 

@@ -23,7 +23,7 @@ ROWS = [
     "data.work data.mixture",
     "data.merge",
     "data.build data.loader data.view comms loss metrics attention kernels layout stragglers optimizer",
-    "head",
+    "head layers",
     "console model engine store foreign flops answers labels document_losses tensorboard_sink services wandb_sink mlflow_sink",
     "memory",
     "depth run_record",

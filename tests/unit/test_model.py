@@ -195,18 +195,6 @@ def test_a_named_model_may_start_from_scratch(tmp_path):
     assert equal(fresh, scratch(GPT2, seed=4))
 
 
-@KINDS
-def test_gradient_checkpointing_changes_no_gradient(values):
-    tokens = torch.arange(16)[None] % 7
-    gradients = []
-    for is_on in (False, True):
-        model = scratch(values, gradient_checkpointing=is_on).train()
-        assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == is_on
-        packed_logits(model, tokens, torch.arange(16)[None]).square().sum().backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-7) for one, other in zip(*gradients, strict=True))
-
-
 def test_what_is_saved_opens_with_plain_transformers(tmp_path):
     saved = folder_of(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).model_type == "gpt2"

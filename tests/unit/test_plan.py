@@ -63,7 +63,7 @@ def test_the_plan_of_a_run(run):
         for line in text.splitlines()
         if line.lstrip("→ ").startswith("zero")
     }
-    assert len(rows) == 10, "five files, twice"
+    assert len(rows) == 15, "five files, three times"
     own = next(line for line in text.splitlines() if line.startswith("→"))
     assert own.split()[1:3] == ["zero2", "no"]
     weights, gradients, optimizer = (float(number) for number in own.split()[3:6])
@@ -124,10 +124,11 @@ def test_a_run_that_has_not_logged_is_not_compared(run, tmp_path):
 # ---- memory ----
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective", "offload"])
 def test_a_trace_is_what_the_same_pass_allocates(checkpointing):
     """The witness: the pass for real on the CPU, each storage counted."""
     from sft_dist.head import Head, part_places, scores_at, targets_at
+    from sft_dist.layers import recompute
     from sft_dist.memory import Live
 
     config = ModelConfig(config={"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -139,7 +140,8 @@ def test_a_trace_is_what_the_same_pass_allocates(checkpointing):
     foretold = one.grown(two, rows=5)
     every = torch.ones(5, 128, dtype=torch.bool)
     with Live() as live:
-        model = build(config, made, seed=0, gradient_checkpointing=checkpointing).train()
+        model = build(config, made, seed=0, gradient_checkpointing=False).train()
+        recompute(model, checkpointing, live.aside)
         tokens, positions = torch.zeros(5, 128, dtype=torch.int64), torch.arange(128).repeat(5, 1) % 64
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None))
@@ -151,6 +153,8 @@ def test_a_trace_is_what_the_same_pass_allocates(checkpointing):
     most = max([foretold.forward.bytes, *(each.peak.bytes for each in foretold.gradients)])
     assert most == pytest.approx(live.peak.bytes - before, rel=1e-3)
     assert 0 < foretold.forward.logits < foretold.forward.bytes
+    of_layers = 3 * 5 * 128 * 64 * 4  # what goes into each of three layers
+    assert foretold.host == live.host == (of_layers if checkpointing == "offload" else 0)
 
 
 @pytest.mark.parametrize("rows", [3, 12, 30])
@@ -233,7 +237,7 @@ def test_what_a_file_says_counts_and_not_its_name(run, tmp_path):
     shutil.copy(Path(fit.__file__).parents[1] / "ds_configs" / "zero3_offload.json", tmp_path / "mine0.json")
     made = planned(run, f"zero={tmp_path / 'mine0.json'}")
     own = [choice for choice in fit.all_choices(made, fit.model_of(made), gpu("80gb")) if "mine0" in choice.zero]
-    assert [(choice.stage, choice.is_offloaded) for choice in own] == [(3, True)] * 2
+    assert [(choice.stage, choice.is_offloaded) for choice in own] == [(3, True)] * 3
 
 
 def test_a_second_bucket_is_counted_where_reductions_overlap(run, tmp_path):
