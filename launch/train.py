@@ -235,6 +235,7 @@ def _to_the_end(
 ) -> tuple[Reason, TrainState, int]:
     """Train from `resumed` on, and from an earlier checkpoint where steps can no longer be applied; returns as `_train` does."""
     from launch import going_on, parts
+    from sft_dist.garbage import collected
     from sft_dist.stragglers import Stragglers
     from sft_dist.trainer import train
 
@@ -243,7 +244,7 @@ def _to_the_end(
     try:
         while True:
             reason, state = train(
-                steps=parts.steps(plan, state, device),
+                steps=collected(parts.steps(plan, state, device)),
                 engine=engine,
                 comms=checkpoints.comms,
                 state=state,

@@ -6,6 +6,7 @@ and are injected here, once.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import sys
@@ -137,6 +138,7 @@ class Engine:
             group["lr"] = learning_rate
         norm = self._clip_unwrapped() if self.stage == 0 else None
 
+        @functools.cache  # the device is waited for once
         def global_norm() -> float:
             return float(self.deepspeed.optimizer._global_grad_norm) if norm is None else norm
 
