@@ -28,7 +28,9 @@ def model_of(plan: Plan) -> Model:
     """The run's model, to be planned with; nothing of it is loaded but its configuration."""
     with torch.device("meta"):
         meta, made = parts.model(plan, with_weights=False)
-    return Model(plan.config.model, made, meta, plan.shards.seq_len, plan.config.train.precision)
+    train = plan.config.train
+    sharers, tile = train.sequence_parallel, train.mlp_tile_tokens
+    return Model(plan.config.model, made, meta, plan.shards.seq_len, train.precision, sharers, tile)
 
 
 def of_this_machine(topology: Topology) -> Gpu:
@@ -53,7 +55,7 @@ def settled(plan: Plan, card: Gpu) -> Plan:
         rows = max(number for number in divisors(of_step) if number <= before)
     else:
         model = model_of(plan)
-        world_size, checkpointing = plan.batch.world_size, plan.config.train.gradient_checkpointing
+        world_size, checkpointing = plan.topology.world_size, plan.config.train.gradient_checkpointing
         fitting = model.largest(
             plan.zero, card, world_size=world_size, rows_per_rank=of_step, checkpointing=checkpointing
         )
@@ -90,8 +92,8 @@ def _of_checkpoint(folder: Path, step: int | None) -> int | None:
 def all_choices(plan: Plan, model: Model, card: Gpu | None) -> list[Choice]:
     """Of the run's own DeepSpeed file and the shipped ones, with its own micro-batch."""
     zeros = {plan.config.zero: plan.zero} | {name: zero_config(name) for name in shipped()}
-    world_size = plan.batch.world_size
-    of_step = plan.batch.global_batch_rows // world_size
+    world_size = plan.topology.world_size
+    of_step = plan.batch.global_batch_rows // plan.batch.world_size
     rows = plan.batch.micro_batch_rows
     own = plan.config.train.gradient_checkpointing
     return list(choices(model, zeros, card, world_size=world_size, rows_per_rank=of_step, rows=rows, own=own))
@@ -100,7 +102,9 @@ def all_choices(plan: Plan, model: Model, card: Gpu | None) -> list[Choice]:
 def needed(plan: Plan, model: Model) -> Parts:
     """The memory of a rank."""
     checkpointing, batch = plan.config.train.gradient_checkpointing, plan.batch
-    return model.parts(plan.zero, world_size=batch.world_size, rows=batch.micro_batch_rows, checkpointing=checkpointing)
+    return model.parts(
+        plan.zero, world_size=plan.topology.world_size, rows=batch.micro_batch_rows, checkpointing=checkpointing
+    )
 
 
 def refuse_what_cannot_fit(plan: Plan, model: Model, card: Gpu) -> str | None:
@@ -110,7 +114,9 @@ def refuse_what_cannot_fit(plan: Plan, model: Model, card: Gpu) -> str | None:
     made, batch, checkpointing = needed(plan, model), plan.batch, plan.config.train.gradient_checkpointing
     if made.total <= card.usable_bytes:
         return None
-    what = f"train.micro_batch_rows: {batch.micro_batch_rows} with {plan.config.zero} on {batch.world_size} ranks"
+    what = (
+        f"train.micro_batch_rows: {batch.micro_batch_rows} with {plan.config.zero} on {plan.topology.world_size} ranks"
+    )
     return require_fit(made, card, what, advice(all_choices(plan, model, card), plan.config.zero, checkpointing))
 
 

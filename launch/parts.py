@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ import yaml
 from sft_dist import health
 from sft_dist.answers import Sampling, own_prompts, prompts
 from sft_dist.attention import choose, largest
+from sft_dist.batch import check_shares
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
 from sft_dist.console import Console, confusion_table
@@ -34,16 +36,19 @@ from sft_dist.data.shards import Shards
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.data.work import template_for
 from sft_dist.engine import Engine
-from sft_dist.errors import ConfigError, DataError, HealthError
+from sft_dist.errors import ConfigError, DataError, HealthError, ModelError
 from sft_dist.evaluate import Evaluator, Sources, forgetting, held_out, open_shards
 from sft_dist.files import first_free
+from sft_dist.head import targets_at
 from sft_dist.identity import ALLOWANCES, STREAM
 from sft_dist.kernels import candidates, draws_dropout
 from sft_dist.labels import LabelTask
+from sft_dist.layers import tile_mlp
 from sft_dist.limits import EarlyStopping, Verdict
+from sft_dist.long_rows import Shared
 from sft_dist.metrics import JsonLines, Metrics, read_lines
 from sft_dist.mlflow_sink import MLflow
-from sft_dist.model import build, model_config, without_attention_dropout
+from sft_dist.model import build, has_dropout, model_config, without_attention_dropout
 from sft_dist.reproduce import ENVIRONMENT
 from sft_dist.retention import Retention
 from sft_dist.schedule import Cadence, learning_rate
@@ -81,7 +86,15 @@ def model(plan: Plan, *, with_weights: bool = True) -> tuple[Any, Any]:
     wanted = config.model if with_weights else config.model.model_copy(update={"init": "scratch"})
     if config.model.dropout is None and not draws_dropout(kernel_names(plan)[0]):
         without_attention_dropout(made)
+    sharers = config.train.sequence_parallel
+    if sharers > 1:
+        heads, world_size = made.num_attention_heads, plan.topology.world_size
+        check_shares(
+            sharers, seq_len=plan.shards.seq_len, world_size=world_size, heads=heads, has_dropout=has_dropout(made)
+        )
     built = build(wanted, made, seed=config.train.seed, gradient_checkpointing=config.train.gradient_checkpointing)
+    if config.train.mlp_tile_tokens is not None:
+        tile_mlp(built, config.train.mlp_tile_tokens)
     return built, made
 
 
@@ -190,9 +203,11 @@ def write_run_files(plan: Plan, made: Any) -> None:
     made.save_pretrained(plan.run_dir / "model")
 
 
-def engine(plan: Plan, model: Any, device: torch.device) -> Engine:
+def engine(plan: Plan, model: Any, comms: Comms) -> Engine:
     """The model under ZeRO."""
-    return Engine(model, plan.zero, plan.config.train, plan.batch, plan.topology, device, len(plan.shards_dirs))
+    train, sharers = plan.config.train, plan.config.train.sequence_parallel
+    shared = Shared(plan.topology.rank % sharers, sharers, comms.sharers(sharers)) if sharers > 1 else None
+    return Engine(model, plan.zero, train, plan.batch, plan.topology, comms.device, len(plan.shards_dirs), shared)
 
 
 def full_micro_batch(plan: Plan, device: torch.device) -> MicroBatch:
@@ -227,14 +242,41 @@ def prove(plan: Plan, engine: Engine, comms: Comms) -> str:
     )
     if plan.config.train.attention not in ("auto", kernel):
         raise ConfigError(f"train.attention: {passed_over[0]}. Use auto, or sdpa, which every model has")
+    if engine.shared is not None and kernel == "sdpa":
+        raise ConfigError(f"train.sequence_parallel: {passed_over[0]}, and sdpa cannot see parts of rows; leave it out")
     head = engine.head.check(engine.scores, engine.logits, vocab_size, is_16_bit=is_16_bit, worst=worst)
+    if engine.shared is not None:
+        off = worst(_shared_error(engine, engine.shared, vocab_size))
+        if not off <= (3e-2 if is_16_bit else 1e-3):
+            raise ModelError(
+                f"train.sequence_parallel: log-probabilities of rows that ranks share are off by {off:.1e}: a layer of this model sees more "
+                "of a row than its tokens one by one and attention; leave it out"
+            )
+        kernel += f", rows shared by {engine.shared.count} ranks (log-probabilities off by {off:.0e})"
     told = [f"packed documents kept apart (logits move {moved:.0e})", f"attention: {kernel}; {head}"]
     return "\n".join([*told, *(f"note: {line}" for line in passed_over)])
+
+
+def _shared_error(engine: Engine, shared: Shared, vocab_size: int) -> float:
+    """How far log-probabilities of this rank's part of shared rows are from those of rows that it has for itself."""
+    length = 24 * shared.count
+    tokens = torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(17), torch.arange(length - 17)]).repeat(2, 1)
+    count, of_rows = 2 * (length - 2), torch.zeros(2, length)
+    (places, labels), targets = targets_at(tokens, positions > 0, count), positions > 0
+    whole = engine.scores(tokens, positions, places, labels).log_probs.cpu()
+    of_rows.view(-1)[places[:count]] = whole[:count]
+    places, labels = targets_at(tokens, targets, count, shared)
+    part = engine.scores(tokens, positions, places, labels, shared=shared).log_probs.cpu()
+    expected = shared.part(of_rows).flatten()[places]
+    return (part - expected)[labels >= 0].abs().max().item()
 
 
 def kernel_names(plan: Plan) -> list[str]:
     """Kernels of attention to be tried, the truth last; the run file's own one alone before it."""
     wanted, is_16_bit = plan.config.train.attention, plan.config.train.precision != "fp32"
+    if plan.config.train.sequence_parallel > 1 and wanted == "auto":
+        wanted = "varlen" if torch.cuda.is_available() and is_16_bit else "by_document"
     if wanted == "auto":
         return candidates("cuda" if torch.cuda.is_available() else "cpu", is_16_bit=is_16_bit)
     return ["sdpa"] if wanted == "sdpa" else [wanted, "sdpa"]
@@ -243,10 +285,14 @@ def kernel_names(plan: Plan) -> list[str]:
 def steps(plan: Plan, state: TrainState, device: torch.device) -> Iterator[Step]:
     """What is left of the stream of training rows, as this rank sees it, made on `device`."""
     loader = Loader(
-        plan.shards, plan.topology, micro_batch_rows=plan.batch.micro_batch_rows, order=plan.order, device=device
+        plan.shards, plan.data_topology, micro_batch_rows=plan.batch.micro_batch_rows, order=plan.order, device=device
     )
+    is_counted = (
+        plan.topology.rank % plan.config.train.sequence_parallel == 0
+    )  # of those that share rows one counts them
     for begin, end in state.stretches(plan.rows):
-        yield from loader.steps(start=begin, end=end, global_batch_rows=plan.batch.global_batch_rows)
+        for step in loader.steps(start=begin, end=end, global_batch_rows=plan.batch.global_batch_rows):
+            yield step if is_counted else replace(step, num_tokens=0, num_targets=0)
 
 
 def schedule(plan: Plan, total_steps: int) -> Callable[[int], float]:

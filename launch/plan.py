@@ -76,7 +76,7 @@ def memory_table(plan: Plan, found: list[Choice], card: Gpu | None) -> Iterator[
     train = plan.config.train
     of = f" of {card.memory_bytes / GIB:,.1f} GiB ({card.name})" if card else ""
     yield (
-        f"\nmemory of a GPU in GiB{of}, on {plan.batch.world_size} GPUs with {plan.batch.micro_batch_rows} rows a micro-batch "
+        f"\nmemory of a GPU in GiB{of}, on {plan.topology.world_size} GPUs with {plan.batch.micro_batch_rows} rows a micro-batch "
         f"(± {ERROR:.0%}):\n"
     )
     head = "".join(f"{name:>8}" for name in _SHORT)
@@ -119,10 +119,10 @@ def forecast(plan: Plan, model: Model, card: Gpu | None, options: Options) -> It
     if speed is None:
         yield "time: needs --gpu with a GPU whose speed is known, or --like RUN_DIR"
         return
-    row_seconds = model.flops(per_row) / (speed * plan.batch.world_size)
+    row_seconds = model.flops(per_row) / (speed * plan.topology.world_size)
     seconds = plan.rows * row_seconds
     tokens = plan.shards.seq_len * plan.shards.manifest.fill / row_seconds
-    hours = seconds * plan.batch.world_size / 3600
+    hours = seconds * plan.topology.world_size / 3600
     yield f"speed: {tokens:,.0f} tokens/s, {plan.batch.global_batch_rows * row_seconds:,.2f} s a step, {source}"
     yield f"time: {_hours(seconds)} of steps = {hours:,.1f} GPU-hours{_cost(plan, hours)}; evaluation, saving and start-up come on top"
     yield from _against_budget(plan, seconds, hours)
@@ -223,7 +223,7 @@ def compare(run_dir: Path, options: Options, say: Say) -> None:
         ("tokens/s", None if factor is None else made.tokens_per_second * factor, made.tokens_per_second, source),
         ("seconds a step", None if factor is None else made.step_seconds / factor, made.step_seconds, ""),
         ("steps", num_steps(plan.rows, plan.batch), made.steps, "so far"),
-        ("GPU-hours", None if factor is None else made.step_seconds / factor * plan.steps() * plan.batch.world_size / 3600,
+        ("GPU-hours", None if factor is None else made.step_seconds / factor * plan.steps() * plan.topology.world_size / 3600,
          made.gpu_hours, "predicted: of steps alone"),
         ("a checkpoint, GB", parts.checkpoint_bytes(model.meta) / 1e9,
          None if made.checkpoint_bytes is None else made.checkpoint_bytes / 1e9, ""),

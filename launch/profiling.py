@@ -151,7 +151,7 @@ def profile(whole: Plan, options: Options) -> int:
     plan = cut(whole, options.micro_batches)
     num_steps = min(options.steps, -(-plan.rows // plan.batch.global_batch_rows))
     plan = replace(plan, rows=min(plan.rows, num_steps * plan.batch.global_batch_rows))
-    engine = parts.engine(plan, model, device)
+    engine = parts.engine(plan, model, comms)
     proven = parts.prove(plan, engine, comms)
     if device.type == "cuda":  # memory that runs out ends with numbers, and with what would fit
         fit.dry_step(plan, engine, parts.full_micro_batch(plan, device))
@@ -210,7 +210,7 @@ def _setting(plan: Plan, whole: Plan, planned: Model) -> Setting:
         if planned.has_experts:
             return None
         return planned.largest(
-            plan.zero, card, world_size=batch.world_size, rows_per_rank=rows, checkpointing=checkpointing
+            plan.zero, card, world_size=plan.topology.world_size, rows_per_rank=rows, checkpointing=checkpointing
         )
 
     has_varlen, stage = has_gpu() and train.precision != "fp32", zero_stage(plan.zero)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.stage import copy_of
-from sft_dist.batch import Batch, derive_batch, even_batch, num_steps, total_rows
+from sft_dist.batch import Batch, check_shares, derive_batch, even_batch, num_steps, total_rows
 from sft_dist.data.build import is_text_in, template_in
 from sft_dist.data.mixture import Joined, Mixture
 from sft_dist.data.order import Blocks, row_numbers
@@ -107,7 +107,10 @@ class Plan:
         saved = _saved_identity(run_dir / "checkpoints", resume.from_step) if is_same_batch else {}
         documents_per_row = (mixture or shards.manifest).documents_per_row
         derive = even_batch if is_auto else derive_batch
-        batch = derive(config.train, topology.world_size, documents_per_row, saved.get("global_batch_rows"))
+        sharers = config.train.sequence_parallel
+        check_shares(sharers, seq_len=shards.seq_len, world_size=topology.world_size)
+        world_size = topology.of_sharers(sharers).world_size
+        batch = derive(config.train, world_size, documents_per_row, saved.get("global_batch_rows"))
         rows = total_rows(config.train, batch, shards.num_rows)
         zero = zero_config(config.zero)
         _check_early_stopping(config, folders)
@@ -122,6 +125,11 @@ class Plan:
     def shards_dir(self) -> Path:
         """The first of them, whose tokenizer and template are the run's."""
         return self.shards_dirs[0]
+
+    @property
+    def data_topology(self) -> Topology:
+        """The world as its training rows see it: ranks that share a row are one."""
+        return self.topology.of_sharers(self.config.train.sequence_parallel)
 
     @property
     def order(self) -> Callable[[np.ndarray], np.ndarray]:
@@ -153,7 +161,7 @@ class Plan:
         lines = [
             f"rows: {self.shards.num_rows:,} of {self.shards.seq_len:,} tokens, {per_row:.1f} samples a row",
             f"step: {batch.global_batch_rows:,} rows = {batch.samples(per_row):,.0f} samples = {batch.micro_batch_rows} a "
-            f"micro-batch x {batch.accumulation_steps} accumulated x {batch.world_size} processes",
+            f"micro-batch x {batch.accumulation_steps} accumulated x {self._ranks()}",
             f"run: {self.steps():,} steps, {an_epoch:,.1f} an epoch, ZeRO stage {zero_stage(self.zero)}, "
             f"{self.config.train.precision}, learning rate {self.config.train.learning_rate:g}",
         ]
@@ -167,6 +175,10 @@ class Plan:
                 f"({self.steps()} in all): few for the optimizer to move. A smaller train.global_batch_{unit} gives more"
             )
         return "\n".join(lines)
+
+    def _ranks(self) -> str:
+        sharers, groups = self.config.train.sequence_parallel, self.batch.world_size
+        return f"{groups} processes" if sharers == 1 else f"{groups} times {sharers} processes that share rows"
 
 
 def _check_early_stopping(config: RunConfig, folders: Sequence[Path]) -> None:

@@ -187,7 +187,7 @@ def _train(
     nodes, healthy = parts.examine(plan, checkpoints.comms)
     beat("build the engine")
     count = parts.count(model)
-    engine = parts.engine(plan, model, device)
+    engine = parts.engine(plan, model, checkpoints.comms)
     beat("prove isolation and head")
     proven = parts.prove(plan, engine, checkpoints.comms)
     if device.type == "cuda":  # where there is none, memory that runs out is no error that could be caught

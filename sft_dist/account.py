@@ -55,7 +55,7 @@ def _by_set(applied: Applied, comms: Comms, epochs: Mapping[str, float]) -> dict
 def bad_step(step: int, begin: int, num_rows: int, loss: float, applied: Applied, comms: Comms) -> BadStep | None:
     """What is to be told of a step that was not applied, on the main rank; every rank calls it."""
     suspects = comms.gather_to_main(applied.suspects)
-    rows = tuple(row for of_rank in suspects for row in of_rank)
+    rows = tuple(dict.fromkeys(row for of_rank in suspects for row in of_rank))  # some ranks share theirs
     return BadStep(step, begin, begin + num_rows, loss, applied.grad_norm, rows) if suspects else None
 
 

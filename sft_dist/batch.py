@@ -112,3 +112,22 @@ def with_last(items: Iterable[Any]) -> Iterator[tuple[bool, Any]]:
         yield False, held
         held = item
     yield True, held
+
+
+def check_shares(
+    count: int, *, seq_len: int, world_size: int, heads: int | None = None, has_dropout: bool = False
+) -> None:
+    """Raises ConfigError where rows cannot be shared by so many ranks.
+
+    >>> check_shares(4, seq_len=1024, world_size=8, heads=12)
+    """
+    for what, number in (("processes", world_size), ("tokens of a row", seq_len), ("attention heads", heads)):
+        if number is not None and number % count:
+            fitting = ", ".join(str(one) for one in range(1, count + 1) if number % one == 0)
+            raise ConfigError(
+                f"train.sequence_parallel: {count} ranks cannot share {number:,} {what} equally; {number:,} can be divided by {fitting}"
+            )
+    if has_dropout:
+        raise ConfigError(
+            "train.sequence_parallel: the model has dropout, and what a token draws must not depend on who computes it; set model.dropout: 0"
+        )

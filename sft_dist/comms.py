@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.nn.functional import all_to_all_single
 
 from sft_dist.topology import Topology
 
@@ -73,6 +74,13 @@ class Comms:
         other = copy.copy(self)
         other.control = dist.new_group(backend="gloo", timeout=self.timeout)
         return other
+
+    def sharers(self, count: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The exchange among `count` neighbouring ranks: the n-th part of a tensor [count, ...] goes to the n-th, with a gradient."""
+        world = range(self.topology.world_size)
+        groups = [dist.new_group(list(world[at : at + count]), timeout=self.timeout) for at in world[::count]]
+        group = groups[self.topology.rank // count]
+        return lambda parts: all_to_all_single(torch.empty_like(parts), parts, group=group)
 
     def broadcast(self, value: Any) -> Any:
         """The main rank's value, on every rank."""

@@ -22,6 +22,7 @@ from sft_dist.attention import packed_logits
 from sft_dist.batch import Batch, with_last
 from sft_dist.head import Head, Scores, scores_at, targets_at
 from sft_dist.layers import compile_layers
+from sft_dist.long_rows import Shared
 from sft_dist.loss import sums_by_set
 from sft_dist.optimizer import GatedAdamW, decay_groups
 from sft_dist.schema import TrainConfig
@@ -70,7 +71,9 @@ class Engine:
         topology: Topology,
         device: torch.device,
         num_sets: int = 1,
+        shared: Shared | None = None,
     ) -> None:
+        self.shared = shared
         self.config, self.topology, self.device, self.num_sets = config, topology, device, num_sets
         self.stage = zero_stage(zero)
         self.adam = GatedAdamW(
@@ -153,10 +156,10 @@ class Engine:
         return packed_logits(self.deepspeed, tokens.to(self.device), positions.to(self.device))
 
     @torch.no_grad()
-    def scores(self, *batch: torch.Tensor) -> Scores:
+    def scores(self, *batch: torch.Tensor, shared: Shared | None = None) -> Scores:
         """The same, of tokens, positions, places and labels, without logits that would be kept; see `sft_dist.head.Forward`."""
         self.deepspeed.eval()
-        return scores_at(self.deepspeed, *(part.to(self.device) for part in batch))
+        return scores_at(self.deepspeed, *(part.to(self.device) for part in batch), shared=shared)
 
     def use_kernel(self, name: str) -> None:
         """Attention by a kernel of `sft_dist.kernels`."""
@@ -195,15 +198,16 @@ class Engine:
         tokens, targets, positions = (
             getattr(micro_batch, name).to(self.device) for name in ("tokens", "targets", "positions")
         )
-        if len(micro_batch.rows):  # else it is one row of padding, to keep the other ranks company
+        is_fed_here = self.shared is None or self.shared.index == 0
+        if len(micro_batch.rows) and is_fed_here:  # else it is one row of padding, to keep the other ranks company
             fed += self._fed(tokens, targets, positions)
-        places, labels = targets_at(tokens, targets, micro_batch.num_targets)
+        places, labels = targets_at(tokens, targets, micro_batch.num_targets, self.shared)
         scale = factor * (self.loss_scale or {"cur_scale": 1.0})["cur_scale"]
-        about = {"grad_scale": scale, "num_documents": micro_batch.num_documents}
+        about = {"grad_scale": scale, "num_documents": micro_batch.num_documents, "shared": self.shared}
         scores = scores_at(self.deepspeed, tokens, positions, places, labels, **about)
         if set_sums is not None:  # a by-product: the loss that is optimised does not depend on it
-            of_targets = scores.log_probs[: micro_batch.num_targets]
-            set_sums += sums_by_set(of_targets, targets, micro_batch.sets.to(self.device), self.num_sets)
+            rows = places // (tokens.shape[1] // (self.shared.count if self.shared else 1))
+            set_sums += sums_by_set(scores.log_probs, labels, micro_batch.sets.to(self.device)[rows], self.num_sets)
         return scores
 
     def _fed(self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sft_dist.kernels import documents_of
+from sft_dist.long_rows import Shared
 from sft_dist.loss import target_log_probs
 
 _NONE = torch.empty(0, dtype=torch.int64)
@@ -39,22 +40,26 @@ Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Sco
 """A model as a function of (tokens, positions), int64 [rows, length], and (places, labels), int64 [places], in evaluation mode."""
 
 
-def targets_at(tokens: torch.Tensor, targets: torch.Tensor, num_targets: int) -> tuple[torch.Tensor, torch.Tensor]:
+def targets_at(
+    tokens: torch.Tensor, targets: torch.Tensor, num_targets: int, shared: Shared | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(places, labels) of a micro-batch, int64 each: where its targets are predicted, counted over all rows, and what they are.
 
     `tokens`: int64 [rows, length]; `targets`: bool [rows, length], of which `num_targets` are True behind a row's first place.
     It is told because the device would have to be waited for. There are some more places, up to a multiple of 64; their label
-    is -1, and they count for nothing.
+    is -1, and they count for nothing. Of `shared` rows they are those of this rank's part, whose last token may predict the next part's first.
 
     >>> places, labels = targets_at(torch.tensor([[7, 8, 9], [4, 5, 6]]), torch.tensor([[False, False, True]] * 2), 2)
     >>> places[:3].tolist(), labels[:3].tolist(), len(labels)
     ([1, 4, 0], [9, 6, -1], 64)
     """
-    size = num_places(num_targets)
-    is_next = F.pad(targets[:, 1:], (0, 1)).flatten()  # a row's last place predicts nothing
-    places = is_next.nonzero_static(size=size, fill_value=0).flatten()
-    labels = F.pad(tokens.flatten()[1:], (0, 1))[places]  # the shift by one
-    return places, labels.masked_fill_(torch.arange(size, device=labels.device) >= num_targets, -1)
+    is_next, following = (F.pad(of_rows[:, 1:], (0, 1)) for of_rows in (targets, tokens))  # the shift by one
+    if shared is not None:
+        is_next, following = shared.part(is_next), shared.part(following)
+    size = num_places(min(num_targets, is_next.numel()))
+    places = is_next.flatten().nonzero_static(size=size, fill_value=0).flatten()
+    is_spare = torch.arange(size, device=places.device) >= is_next.sum()
+    return places, following.flatten()[places].masked_fill_(is_spare, -1)
 
 
 def scores_at(
@@ -247,10 +252,13 @@ class Head:
         labels: torch.Tensor = _NONE,
         grad_scale: float = 1.0,
         num_documents: int | None = None,
+        shared: Shared | None = None,
         **more: Any,
     ) -> Any:
         if self.wants_documents:
             more |= documents_of(more["position_ids"], num_documents)
+        if shared is not None:  # attention wants to know of it
+            more |= {name: shared.part(more[name]) for name in ("input_ids", "position_ids")} | {"shared": shared}
         if places is None:
             return self._forward(*args, **more)
         if not self.is_whole:

@@ -17,6 +17,8 @@ import torch
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
 
+from sft_dist.long_rows import Shared, enough_heads
+
 ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout")  # what transformers' families call that of attention weights
 _BUCKET = 64  # the number of documents is rounded up to a multiple of it, by empty ones: few shapes
 _OWN = "sft_dist_"  # before the names of ours, which transformers must not take for its own
@@ -107,6 +109,7 @@ def _registered(name: str) -> str:
         sliding_window: int | None = None,
         softcap: float | None = None,
         s_aux: torch.Tensor | None = None,
+        shared: Shared | None = None,
         **ignored: Any,
     ) -> tuple[torch.Tensor, None]:
         unknown = {
@@ -116,11 +119,15 @@ def _registered(name: str) -> str:
         }
         if wanted := [each for each, value in unknown.items() if value is not None]:
             raise ValueError(f"the layers of this model want {', '.join(wanted)}, which {name!r} does not compute")
+        if shared is not None:
+            key, value = (enough_heads(one, query.shape[1], shared.count) for one in (key, value))
+            query, key, value = (shared.whole_rows(one) for one in (query, key, value))
         rows, length = query.shape[0], query.shape[2]
         flat = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
         about = {"length": max_length_q, "window": sliding_window, "scale": scaling}
         made = kernel(*flat, cu_seq_lens_q, dropout=dropout if module.training else 0.0, **about)
-        return made.unflatten(0, (rows, length)), None
+        made = made.unflatten(0, (rows, length))
+        return made if shared is None else shared.own_tokens(made), None
 
     AttentionInterface.register(_OWN + name, attend)
     # no mask is registered: the bounds say it all, and to make none transformers would wait for the device all the same

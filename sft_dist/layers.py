@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from sft_dist.errors import ModelError
@@ -81,6 +81,27 @@ def _policy(model: PreTrainedModel) -> Callable[..., CheckpointPolicy]:
         return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy
+
+
+def tile_mlp(model: PreTrainedModel, tokens: int) -> None:
+    """Let feed-forward layers see `tokens` tokens of a row at a time: what is between their products is there for so many only.
+
+    They are computed once more in the backward pass. Raises ModelError where a layer has none that is called `mlp`.
+    """
+    layers = layers_of(model, model.config.num_hidden_layers)
+    if not layers or not all(isinstance(getattr(layer, "mlp", None), torch.nn.Module) for layer in layers):
+        raise ModelError(
+            f"train.mlp_tile_tokens: the feed-forward layers of {type(model).__name__} cannot be told from its other parts; leave it out"
+        )
+    for layer in layers:
+        layer.mlp.forward = functools.partial(_tiled, layer.mlp.forward, tokens)  # type: ignore[union-attr]
+
+
+def _tiled(plain: Callable[[torch.Tensor], torch.Tensor], tokens: int, hidden: torch.Tensor) -> torch.Tensor:
+    tiles = hidden.split(tokens, dim=1)
+    if not torch.is_grad_enabled():
+        return torch.cat([plain(tile.contiguous()) for tile in tiles], dim=1)
+    return torch.cat([checkpoint(plain, tile.contiguous(), use_reentrant=False) for tile in tiles], dim=1)
 
 
 def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> list[str]:

@@ -20,17 +20,14 @@ def target_log_probs(logits: torch.Tensor, tokens: torch.Tensor, targets: torch.
     return -F.cross_entropy(logits[:, :-1][is_next].float(), tokens[:, 1:][is_next], reduction="none")
 
 
-def sums_by_set(log_probs: torch.Tensor, targets: torch.Tensor, sets: torch.Tensor, num_sets: int) -> torch.Tensor:
+def sums_by_set(log_probs: torch.Tensor, labels: torch.Tensor, sets: torch.Tensor, num_sets: int) -> torch.Tensor:
     """(summed loss, number of targets) of each set of a mixture: fp64 [2, num_sets], made without waiting for the device.
 
-    `log_probs`: what `target_log_probs` gave for `targets`, bool [rows, seq_len]; `sets`: int64 [rows].
+    `log_probs`: fp32 [places]; `labels`: int64 [places], -1 where nothing is learned; `sets`: int64 [places], that of its row.
 
-    >>> targets = torch.tensor([[False, True, True], [False, False, True]])
-    >>> sums_by_set(torch.tensor([-1.0, -2.0, -4.0]), targets, torch.tensor([1, 0]), num_sets=2).tolist()
+    >>> sums_by_set(torch.tensor([-1.0, -2.0, -4.0, 0.0]), torch.tensor([8, 9, 8, -1]), torch.tensor([1, 1, 0, 0]), num_sets=2).tolist()
     [[4.0, 3.0], [1.0, 2.0]]
     """
-    counts = targets[:, 1:].sum(dim=1)
-    of_targets = torch.repeat_interleave(sets, counts, output_size=len(log_probs))  # the size is known: no waiting
-    is_of_set = of_targets == torch.arange(num_sets, device=sets.device)[:, None]
+    is_of_set = (sets == torch.arange(num_sets, device=sets.device)[:, None]) & (labels >= 0)
     losses = torch.where(is_of_set, -log_probs.double(), 0.0)  # sums in a fixed order, unlike index_add
     return torch.stack([losses.sum(dim=1), is_of_set.sum(dim=1).double()])

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
 from sft_dist.head import Head, num_places, part_places, scores_at
-from sft_dist.layers import Recompute, layers_of, recompute
+from sft_dist.layers import Recompute, layers_of, recompute, tile_mlp
 from sft_dist.model import build
 from sft_dist.schema import ModelConfig
 
@@ -148,13 +148,22 @@ class Live(TorchDispatchMode):
 
 
 def trace(
-    config: ModelConfig, made: PretrainedConfig, *, rows: int, seq_len: int, precision: str, checkpointing: Recompute
+    config: ModelConfig,
+    made: PretrainedConfig,
+    *,
+    rows: int,
+    seq_len: int,
+    precision: str,
+    checkpointing: Recompute,
+    mlp_tile: int | None = None,
 ) -> Traced:
     """The activations of a micro-batch of `rows` rows of `seq_len` tokens, every token a target, as they are on a GPU."""
     with FakeTensorMode(), Live(made.vocab_size) as live:
         scratch = config.model_copy(update={"init": "scratch"})
         model = build(scratch, made, seed=0, gradient_checkpointing=False, dtype=DTYPES[precision]).train()
         recompute(model, checkpointing, live.aside)
+        if mlp_tile is not None:
+            tile_mlp(model, mlp_tile)
         tokens = torch.zeros(rows, seq_len, dtype=torch.int64)
         positions = torch.arange(seq_len).expand(rows, seq_len)
         places = torch.zeros(num_places(rows * (seq_len - 1)), dtype=torch.int64)

@@ -40,6 +40,8 @@ def divisors(number: int) -> list[int]:
 class Model:
     """A model as it is planned with: its size and cost, and what its activations take; no weights are made.
 
+    `sharers`: ranks that compute the same rows, each an equal part of their tokens.
+
     >>> Model(config, made, meta, seq_len=1024, precision="bf16").parts(zero, world_size=8, rows=4).total  # doctest: +SKIP
     11735891968.0
     """
@@ -49,6 +51,8 @@ class Model:
     meta: torch.nn.Module
     seq_len: int
     precision: str
+    sharers: int = 1
+    mlp_tile: int | None = None
     _traced: dict[tuple[int, Recompute], Traced] = field(default_factory=dict)  # by rows and recomputation
 
     def __post_init__(self) -> None:
@@ -71,14 +75,15 @@ class Model:
 
     def _trace(self, rows: int, checkpointing: Recompute) -> Traced:
         """Row for row the same is added, once there are so many that the head takes their logits in parts."""
-        enough = -(-part_places(self.made.vocab_size, "cuda") // self.seq_len)
+        enough = -(-part_places(self.made.vocab_size, "cuda") // (self.seq_len // self.sharers))
         if rows > enough + 1:
             few, more = (self._trace(count, checkpointing) for count in (enough, enough + 1))
             return few.grown(more, rows - enough + 1)
         if (rows, checkpointing) not in self._traced:
             names: dict[str, Any] = {
-                "seq_len": self.seq_len,
+                "seq_len": self.seq_len // self.sharers,
                 "precision": self.precision,
+                "mlp_tile": self.mlp_tile,
                 "checkpointing": checkpointing,
             }
             self._traced[rows, checkpointing] = traced(self.config, self.made, self.meta, rows=rows, **names)

@@ -282,6 +282,10 @@ class TrainConfig(Section):
     dear and attention are kept, half of that; `offload`: as `true`, and what is kept waits in the memory of the host."""
     compile: bool = False
     """Compile the layers with `torch.compile` (a C++ compiler is needed): the first step takes a minute longer, the others less."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """So many neighbouring ranks compute the same rows, each a part of their tokens: for rows too long for one (DeepSpeed Ulysses)."""
+    mlp_tile_tokens: int | None = Field(default=None, ge=1, examples=[4096])
+    """Feed-forward layers see so many tokens at a time, and are computed again in the backward pass; null: all at once."""
     seed: int = Field(default=0, ge=0)
     """What the order of rows, dropout and the weights of a model from scratch are drawn from."""
     order: Literal["rows"] | BlockOrder = "rows"
@@ -299,6 +303,8 @@ class TrainConfig(Section):
             raise ValueError("exactly one of global_batch_rows and global_batch_samples is needed; add or remove one")
         if self.epochs is None and self.max_steps is None:
             raise ValueError("one of epochs and max_steps is needed; add for example epochs: 3")
+        if self.sequence_parallel > 1 and (self.compile or self.attention == "sdpa"):
+            raise ValueError("sequence_parallel goes with neither compile nor attention: sdpa; leave one out")
         if self.compile and self.gradient_checkpointing == "offload":
             raise ValueError("compile and gradient_checkpointing: offload exclude each other; leave one out")
         return self

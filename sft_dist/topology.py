@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sft_dist.errors import ConfigError
@@ -35,6 +35,14 @@ class Topology:
     def num_nodes(self) -> int:
         """Machines that the world is on, each with as many processes as this one."""
         return -(-self.world_size // self.local_world_size)
+
+    def of_sharers(self, count: int) -> Topology:
+        """The world as its data see it, where `count` neighbouring ranks compute the same rows.
+
+        >>> Topology(rank=5, world_size=8).of_sharers(2)
+        Topology(rank=2, world_size=4, local_rank=0, rendezvous='env://', local_world_size=1)
+        """
+        return replace(self, rank=self.rank // count, world_size=self.world_size // count)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Topology:

@@ -51,6 +51,10 @@ def _reference(topology, kind):
         (2, 2, {"micro_batch_rows": 4, "gradient_checkpointing": "offload", "kind": "llama"}),
         (2, 2, {"micro_batch_rows": 4, "kind": "llama"}),
         (3, 2, {"micro_batch_rows": 4, "kind": "llama"}),
+        (1, 2, {"micro_batch_rows": 4, "kind": "llama", "sequence_parallel": 2}),
+        (3, 4, {"micro_batch_rows": 4, "sequence_parallel": 2, "gradient_checkpointing": True}),
+        (2, 1, {"micro_batch_rows": 4, "kind": "llama", "mlp_tile_tokens": 5}),
+        (3, 2, {"micro_batch_rows": 4, "mlp_tile_tokens": 5, "gradient_checkpointing": "selective"}),
     ],
 )
 def test_fp32_equals_plain_pytorch(references, stage, world_size, options):

@@ -57,8 +57,8 @@ def test_the_losses_by_set_add_up_and_move_nothing():
 
 
 def test_sums_by_set_of_rows_without_targets_are_zero():
-    targets = torch.zeros(2, 4, dtype=torch.bool)
-    assert sums_by_set(torch.zeros(0), targets, torch.tensor([0, 1]), 2).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    places = torch.full((64,), -1)
+    assert sums_by_set(torch.zeros(64), places, torch.zeros(64), 2).tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
 def prepared(folder: Path, number: int, rows: int) -> Path:

@@ -13,6 +13,8 @@ from sft_dist.batch import derive_batch
 from sft_dist.zero import zero_config
 from sft_dist.engine import Engine
 from sft_dist.head import targets_at
+from sft_dist.layers import tile_mlp
+from sft_dist.long_rows import Shared
 from sft_dist.optimizer import decay_groups
 from sft_dist.loss import target_log_probs
 from sft_dist.model import build, model_config
@@ -113,11 +115,18 @@ def engine(topology, stage: int | str, **more) -> tuple[Engine, Comms]:
         from deepspeed.accelerator import get_accelerator
 
         type(get_accelerator()).is_fp16_supported = lambda self: True
-    batch = derive_batch(config, topology.world_size, 1.0)
+    sharers = config.sequence_parallel
+    batch = derive_batch(config, topology.of_sharers(sharers).world_size, 1.0)
     made = model(**of_model)
+    if config.mlp_tile_tokens:
+        tile_mlp(made, config.mlp_tile_tokens)
     for name, parameter in made.named_parameters():
         parameter.requires_grad_(name not in frozen)
-    return Engine(made, zero, config, batch, topology, comms.device), comms
+    shared = Shared(topology.rank % sharers, sharers, comms.sharers(sharers)) if sharers > 1 else None
+    built = Engine(made, zero, config, batch, topology, comms.device, shared=shared)
+    if shared:
+        built.use_kernel("by_document")
+    return built, comms
 
 
 def learn(made: Engine, comms: Comms, steps: range) -> list[tuple[float, float]]:
@@ -127,7 +136,8 @@ def learn(made: Engine, comms: Comms, steps: range) -> list[tuple[float, float]]
         count = made.config.global_batch_rows
         batches = micro_batches(step, made.config.micro_batch_rows, count)
         denominator = int(rows(step, count).targets.sum())
-        mine = batches[comms.topology.rank :: comms.topology.world_size]
+        of_data = comms.topology.of_sharers(made.config.sequence_parallel)
+        mine = batches[of_data.rank :: of_data.world_size]
         applied = made.learn(
             mine, denominator=denominator, learning_rate=1e-3, total=lambda one: comms.sum_tensor(one).item()
         )

@@ -75,6 +75,19 @@ def test_zero_stages(go, reference, stage):
     assert_same_curve(runs.numbers(run_dir), runs.numbers(reference), tolerance=TOLERANCE)
 
 
+def test_rows_that_ranks_share(go, reference):
+    """Two of four ranks compute each row; what was fed is counted once, and the run goes on where nobody shares."""
+    sharing = ("train.sequence_parallel=2", "train.micro_batch_rows=2", "zero=ds_configs/zero3.json")
+    run_dir = go("run", 4, *sharing, stop_at=8, stopping_rank=3)
+    go("run", 2, "train.micro_batch_rows=4")
+    assert_same_curve(runs.numbers(run_dir), runs.numbers(reference), tolerance=TOLERANCE)
+    ours, theirs = (
+        json.loads((folder / "checkpoints/latest/state.json").read_text()) for folder in (run_dir, reference)
+    )
+    for name in ("ledger", "rows_consumed", "tokens", "target_tokens"):
+        assert ours[name] == theirs[name]
+
+
 def test_fewer_validation_rows_than_ranks(go, task, tmp_path):
     """One row, and three ranks under ZeRO 3, which hangs where one of them calls the model less often than another."""
     few = ("prepare.validation_fraction=0.01", f"prepare.out={tmp_path / 'few'}", "train.max_steps=2")

@@ -344,6 +344,10 @@ CROSS_FIELD = [
         {"train": {"global_batch_rows": 8, "epochs": 1, "compile": True, "gradient_checkpointing": "offload"}},
         "train: compile and gradient_checkpointing: offload exclude each other; leave one out",
     ),
+    (
+        {"train": {"global_batch_rows": 8, "epochs": 1, "sequence_parallel": 2, "attention": "sdpa"}},
+        "train: sequence_parallel goes with neither compile nor attention: sdpa; leave one out",
+    ),
 ]
 
 

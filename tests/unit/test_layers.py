@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 ROWS = [
     "errors phases goodput data.records garbage glossary step_trace",
     "files gpus chart",
-    "schema topology identity",
+    "schema topology identity long_rows",
     "batch reference",
     "zero",
     "config",

@@ -16,7 +16,7 @@ from sft_dist import kernels
 from sft_dist.attention import packed_logits
 from sft_dist.errors import ConfigError, ModelError
 from sft_dist.head import Head
-from sft_dist.layers import _policy, compile_layers, layers_of, recompute
+from sft_dist.layers import _policy, compile_layers, layers_of, recompute, tile_mlp
 from tests.unit.test_kernels import varlen_by_hand
 
 VOCAB, LENGTH = 64, 16
@@ -115,6 +115,37 @@ def test_selective_computes_the_wide_products_again_and_nothing_that_is_dear():
             packed_logits(model, torch.zeros(1, 8, dtype=torch.int64), torch.arange(8)[None]).sum().backward()
         counts[how] = (counted.counts[torch.ops.aten.addmm.default], counted.counts[attention])
     assert counts == {False: (4, 1), "selective": (6, 1), True: (7, 2)}, "nobody asks for the last one again"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("how", [False, True])
+def test_tiles_of_the_feed_forward_layers_change_no_gradient(family, how):
+    model = made(family)
+    expected = gradients(model)
+    recompute(model, how)
+    tile_mlp(model, 5)
+    assert off(gradients(model), expected) < 1e-5
+    with torch.no_grad():
+        torch.testing.assert_close(
+            packed_logits(model.eval(), *rows(7, 9)), packed_logits(made(family).eval(), *rows(7, 9))
+        )
+
+
+def test_feed_forward_layers_that_cannot_be_told_are_not_tiled():
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "opt",
+        vocab_size=VOCAB,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+    )
+    with pytest.raises(
+        ModelError, match=r"train\.mlp_tile_tokens: the feed-forward layers of OPTForCausalLM cannot be told"
+    ):
+        tile_mlp(AutoModelForCausalLM.from_config(config), 5)
 
 
 # ---- compilation ----
