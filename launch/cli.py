@@ -62,7 +62,7 @@ class TaskOption(click.ParamType):
 @click.option(
     "--preset",
     metavar="NAME",
-    help="The model: tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-1b, llama-8b, llama-70b.",
+    help="The model: tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-1b, llama-8b, llama-8b-one-gpu, llama-8b-long, llama-70b.",
 )
 @click.option("--model", metavar="ID", help="Any other model: its id on the hub, or its folder.")
 @click.option("--validation", metavar="PATH", help="Records to be held out; default: a share of the data.")

@@ -20,7 +20,8 @@ from tests.unit.prepared_runs import sft_dist
 ROOT = Path(__file__).parents[2]
 PARAMETERS = {  # as their makers count them
     "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200,
-    "llama-1b": 1_235_814_400, "llama-8b": 8_030_261_248, "llama-70b": 70_553_706_496,
+    "llama-1b": 1_235_814_400, "llama-8b": 8_030_261_248, "llama-8b-one-gpu": 8_030_261_248,
+    "llama-8b-long": 8_030_261_248, "llama-70b": 70_553_706_496,
 }  # fmt: skip
 
 
@@ -30,7 +31,7 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("presets")
     source = f"{{path: {ROOT}/examples/instructions/data/seed_tasks.jsonl, schema: self_instruct}}"
     made = {}
-    for seq_len in (1024, 4096):
+    for seq_len in (1024, 4096, 131_072):
         made[seq_len] = folder / str(seq_len)
         values = ("alpaca", f"{ROOT}/examples/tokenizers/gpt2", seq_len, made[seq_len])
         names = ("template", "tokenizer", "seq_len", "out")
@@ -76,7 +77,8 @@ def test_a_preset_fits_where_it_says(shards, name):
         model = model or fit.model_of(plan)
         total = fit.needed(plan, model).total
         assert total <= card.usable_bytes, (options, overrides, total / 2**30)
-        assert plan.batch.accumulation_steps <= 8
+        is_offloaded = "offload_optimizer" in plan.zero["zero_optimization"]  # which wants long steps
+        assert plan.batch.accumulation_steps <= 8 or is_offloaded
         if name != "tiny" and not overrides:
             assert total > 0.2 * card.usable_bytes, "the GPUs are not left empty"
             too_much = fit.with_rows(plan, 8 * plan.batch.micro_batch_rows)
