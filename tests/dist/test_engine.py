@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from launch import parts
 from launch.settle import find_compiler
 from sft_dist import engine, kernels
 from sft_dist.attention import packed_logits
+from sft_dist.errors import ConfigError, ModelError
 from sft_dist.layers import compile_layers
 from sft_dist.loss import target_log_probs
 from sft_dist.memory import Live
@@ -233,6 +235,37 @@ def zero_keys(topology):
 
     fields = DeepSpeedZeroConfig.model_fields
     return set(fields) | {field.alias for field in fields.values() if field.alias}, _ZERO_KEYS
+
+
+def proven_shared(topology, exchange, names):
+    made, comms = tiny.engine(topology, 3, kind="llama", sequence_parallel=2)
+    if exchange is not None:
+        made.shared = dataclasses.replace(made.shared, exchange=exchange)
+    train = SimpleNamespace(precision="fp32", attention="auto", sequence_parallel=2)
+    shards = SimpleNamespace(manifest=SimpleNamespace(vocab_size=tiny.VOCAB))
+    parts.kernel_names = lambda plan: names
+    try:
+        return parts.prove(SimpleNamespace(config=SimpleNamespace(train=train), shards=shards), made, comms)
+    except (ModelError, ConfigError) as error:
+        return str(error)
+
+
+def test_rows_that_ranks_share_are_proven():
+    told = run_workers(proven_shared, 2, None, ["by_document", "sdpa"])
+    assert all("attention: by_document, rows shared by 2 ranks (log-probabilities off by" in one for one in told)
+    for broken in (_not_exchanged, _to_the_wrong_one):
+        told = run_workers(proven_shared, 2, broken, ["by_document", "sdpa"])
+        assert all("train.sequence_parallel: log-probabilities of rows that ranks share are off by" in one for one in told)
+    told = run_workers(proven_shared, 2, None, ["varlen", "sdpa"])  # which runs on GPUs only
+    assert all("train.sequence_parallel: attention 'varlen' " in one for one in told), told
+
+
+def _not_exchanged(parts_of_rank):
+    return parts_of_rank
+
+
+def _to_the_wrong_one(parts_of_rank):
+    return parts_of_rank.flip(0)
 
 
 def chosen(topology, wrong_rank):

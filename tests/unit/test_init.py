@@ -167,7 +167,9 @@ def test_mistakes_are_one_line_and_nothing_is_written(here):
     assert "a/b.yaml: there is no folder a; make it" in refused("a/b.yaml", "--data", SMS)
     assert "--data is missing: the file, glob, folder or hf:ID" in refused("b.yaml")
     assert "did you mean gpt2-xl?" in refused("b.yaml", "--data", SMS, "--preset", "gpt2xl")
-    assert "gpt2-xl, llama-1b, llama-70b, llama-8b, llama-8b-long, llama-8b-one-gpu. For any" in refused("b.yaml", "--data", SMS, "--preset", "zzz")
+    assert "gpt2-xl, llama-1b, llama-70b, llama-8b, llama-8b-long, llama-8b-one-gpu. For any" in refused(
+        "b.yaml", "--data", SMS, "--preset", "zzz"
+    )
     assert "give one of them" in refused("b.yaml", "--data", SMS, "--preset", "tiny", "--model", "x")
     assert "no such file" in refused("b.yaml", "--data", "nowhere.jsonl")
     assert "no such file" in refused("b.yaml", "--data", SMS, "--preset", "tiny", "--validation", "nowhere.jsonl")
