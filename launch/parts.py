@@ -23,7 +23,7 @@ import yaml
 
 from sft_dist import health
 from sft_dist.answers import Sampling, own_prompts, prompts
-from sft_dist.attention import choose, largest
+from sft_dist.attention import WINDOW, choose, largest
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
 from sft_dist.console import Console, confusion_table
@@ -38,7 +38,7 @@ from sft_dist.errors import ConfigError, DataError, HealthError
 from sft_dist.evaluate import Evaluator, Sources, forgetting, held_out, open_shards
 from sft_dist.files import first_free
 from sft_dist.identity import ALLOWANCES, STREAM
-from sft_dist.kernels import candidates, draws_dropout
+from sft_dist.kernels import candidates, differentiated, draws_dropout, narrowed
 from sft_dist.labels import LabelTask
 from sft_dist.limits import EarlyStopping, Verdict
 from sft_dist.metrics import JsonLines, Metrics, read_lines
@@ -222,9 +222,17 @@ def prove(plan: Plan, engine: Engine, comms: Comms) -> str:
     everywhere = comms.gather(kernel_names(plan))
     names = [name for name in everywhere[0] if all(name in there for there in everywhere)]
     vocab_size, is_16_bit = plan.shards.manifest.vocab_size, plan.config.train.precision != "fp32"
-    kernel, moved, passed_over = choose(
-        names, engine.use_kernel, engine.logits, vocab_size, is_16_bit=is_16_bit, worst=worst
-    )
+    model = engine.deepspeed.module
+    with narrowed(model, WINDOW):
+        kernel, moved, passed_over = choose(
+            names,
+            engine.use_kernel,
+            engine.logits,
+            vocab_size,
+            is_16_bit=is_16_bit,
+            differentiated=lambda: differentiated(model),
+            worst=worst,
+        )
     if plan.config.train.attention not in ("auto", kernel):
         raise ConfigError(f"train.attention: {passed_over[0]}. Use auto, or sdpa, which every model has")
     head = engine.head.check(engine.scores, engine.logits, vocab_size, is_16_bit=is_16_bit, worst=worst)
