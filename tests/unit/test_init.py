@@ -86,15 +86,26 @@ def test_what_it_writes_is_prepared_and_can_be_trained(here, task, schema, words
         assert word in text
     assert text.count("#") >= 12, "commented"
     assert load("run.yaml").prepare.sources[0].schema_ == schema
-    more = ["prepare.tokenizer.sentencepiece.vocab_size=400"] if task == "text" else []
-    prepared = sft_dist("prepare", "run.yaml", "--workers", 1, *more)
+    prepared = sft_dist("prepare", "run.yaml", "--workers", 1)
     assert prepared.exit_code == 0, prepared.output
     assert re.search(
         r"[1-9][\d,]* train, \d" if task == "text" else r"[1-9][\d,]* train, [1-9][\d,]* validation", prepared.output
     )
-    checked = sft_dist("train", "run.yaml", "--print-config", "--nproc", 1, "train.micro_batch_rows=1", *more)
+    checked = sft_dist("train", "run.yaml", "--print-config", "--nproc", 1, "train.micro_batch_rows=1")
     assert checked.exit_code == 0, checked.output
     assert "a micro-batch x 8 accumulated x 1 processes" in checked.output
+
+
+def test_a_few_records_are_enough_to_begin_with(here):
+    jsonl(here / "few.jsonl", ({"prompt": f"What is {n} plus {n}?", "response": f"It is {2 * n}."} for n in range(30)))
+    assert sft_dist("init", "--data", "few.jsonl", "--preset", "tiny").exit_code == 0
+    prepared = sft_dist("prepare", "run.yaml", "--workers", 1)
+    assert prepared.exit_code == 0, prepared.output
+    assert re.search(
+        r"trained, [4-7]\d\d pieces; the training texts give no more, 1,000 were asked for", prepared.stderr
+    )
+    checked = sft_dist("train", "run.yaml", "--print-config", "--nproc", 1, "train.micro_batch_rows=1")
+    assert checked.exit_code == 0, checked.output
 
 
 @pytest.mark.parametrize("name", init.presets())
