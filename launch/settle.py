@@ -20,7 +20,7 @@ from sft_dist.errors import ConfigError
 from sft_dist.retention import list_folders, step_of
 from sft_dist.schema import RunConfig
 from sft_dist.state import TrainState
-from sft_dist.topology import Life, Topology
+from sft_dist.topology import Life, Topology, processes
 from sft_dist.zero import zero_config, zero_stage
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Plan:
         lines = [
             f"rows: {self.shards.num_rows:,} of {self.shards.seq_len:,} tokens, {per_row:.1f} samples a row",
             f"step: {batch.global_batch_rows:,} rows = {batch.samples(per_row):,.0f} samples = {batch.micro_batch_rows} a "
-            f"micro-batch x {batch.accumulation_steps} accumulated x {batch.world_size} processes",
+            f"micro-batch x {batch.accumulation_steps} accumulated x {processes(batch.world_size)}",
             f"run: {self.steps():,} steps, {an_epoch:,.1f} an epoch, ZeRO stage {zero_stage(self.zero)}, "
             f"{self.config.train.precision}, learning rate {self.config.train.learning_rate:g}",
         ]

@@ -93,7 +93,7 @@ def test_what_it_writes_is_prepared_and_can_be_trained(here, task, schema, words
     )
     checked = sft_dist("train", "run.yaml", "--print-config", "--nproc", 1, "train.micro_batch_rows=1")
     assert checked.exit_code == 0, checked.output
-    assert "a micro-batch x 8 accumulated x 1 processes" in checked.output
+    assert "a micro-batch x 8 accumulated x 1 process" in checked.output
 
 
 def test_a_few_records_are_enough_to_begin_with(here):
