@@ -191,6 +191,7 @@ def _parts(run: Run, whole: str, title: str, runs: Sequence[Run], marks: tuple[M
 
 def _documents(runs: Sequence[Run]) -> Iterator[Chart]:
     """How the losses of the validation documents are distributed: of a run its first and its last, of several the last of each."""
+    found: list[tuple[str, dict[str, Any] | None]]
     if len(runs) == 1:
         steps = sorted(runs[0].documents)
         found = [(f"step {step:,}", runs[0].documents[step]) for step in dict.fromkeys([*steps[:1], *steps[-1:]])]

@@ -34,7 +34,7 @@ import torch
 
 from sft_dist.manifest import read_state, verify
 from sft_dist.retention import list_folders
-from tests.e2e.commands import clone, enter, run, start
+from tests.e2e.commands import clone, run, start
 from tests.invariants import runs
 
 STEPS, SAVE_EVERY, EVALUATE_EVERY, HANG_SECONDS = 60, 4, 10, 12
@@ -282,7 +282,7 @@ class Campaign:
         """One last life that nobody disturbs, and the comparison."""
         output = run(self.command(*STEADY), self.folder, deadline=300)
         assert "completed: " in output or f"{STEPS} of {STEPS} steps" in output, output
-        certificate = enter("sft-dist verify disk/run", self.folder)
+        certificate = run("sft-dist verify disk/run", self.folder)
         assert "VERIFIED: all that could be checked is right" in certificate, certificate
         strays = [
             name for path in sorted(self.run_dir.rglob("*")) if path.is_file() or path.is_symlink()

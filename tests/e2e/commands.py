@@ -30,14 +30,8 @@ PROGRAMS = (
 )  # fmt: skip
 
 
-_ALONE = (
-    "plan",
-    "eval",
-    "verify",
-    "checkpoints",
-    "export",
-    "import",
-)  # commands of ours that import torch and start no process
+# commands of ours that import torch and start no process
+_ALONE = ("plan", "eval", "verify", "checkpoints", "export", "import", "chat")
 
 # What a comment above a block may say of it.
 MARKS = r"<!-- (not run|measured|ends with)(?:: | )(.+?) -->"
