@@ -86,7 +86,7 @@ def init(out: Path, yes: bool, **options: Any) -> None:
     except click.Abort:
         click.echo("\ninterrupted: nothing was written", err=True)
         sys.exit(130)
-    click.echo(writing.write(out, writing.run_file(wish)))
+    click.echo(writing.write(out, wish))
 
 
 @main.command()

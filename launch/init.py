@@ -275,6 +275,34 @@ def _context(model: str) -> int | None:
     return about.get("n_positions") or about.get("max_position_embeddings")
 
 
+def where_from(model: str) -> str:
+    """A remark on a model that is still to be downloaded; nothing of one that is here. Raises ConfigError where it can be neither."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    path = Path(model)
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise ConfigError(
+                f"--model {model!r}: there is no config.json in it; name the folder of a model, or a hub id"
+            )
+        return ""
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        home = f": {path.expanduser()}" if model.startswith("~") else ""
+        raise ConfigError(
+            f"--model {model!r}: there is no such folder, and a hub id is NAME or ORG/NAME; name a folder that is there{home}"
+        ) from None
+    if isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return ""
+    return (
+        f"model {model}: no folder here, and not in this machine's cache: it will be downloaded from the Hugging Face hub, the "
+        "tokenizer by `sft-dist prepare`, the weights by `sft-dist train`"
+    )
+
+
 # ---- asking ----
 
 
@@ -301,6 +329,8 @@ def wished(options: Options, *, asks: bool) -> Wish:
         raise ConfigError("--preset is a model, and --model another one; give one of them")
     if options.preset:
         preset(options.preset)
+    if options.model:
+        where_from(options.model)
     if options.data is None and not asks:
         raise ConfigError(
             "--data is missing: the file, glob, folder or hf:ID of your records (at a terminal init asks for it)"
@@ -308,8 +338,7 @@ def wished(options: Options, *, asks: bool) -> Wish:
     found = _asked_data(options) if asks else look(options.data or "", options.task, options.columns, options.format)
     chosen, model, run_dir, validation = options.preset, options.model, options.run_dir, options.validation
     if asks and not (chosen or model):
-        chosen = click.prompt(f"Model: {', '.join(presets())}, or a hub id or a folder", default=_usual())
-        chosen, model = (chosen, None) if chosen in presets() else (None, chosen)
+        chosen, model = _asked_model()
     if asks and validation is None:
         validation = _asked_validation()
     elif validation is not None:
@@ -350,6 +379,20 @@ def _asked_task(data: str, options: Options) -> Look:
     return look(data, task, columns, options.format)
 
 
+def _asked_model() -> tuple[str | None, str | None]:
+    """(preset, None), or (None, any other model)."""
+    while True:
+        chosen = click.prompt(f"Model: {', '.join(presets())}, or a hub id or a folder", default=_usual())
+        if chosen in presets():
+            return chosen, None
+        try:
+            where_from(chosen)
+        except ConfigError as error:
+            click.echo(str(error))
+        else:
+            return None, chosen
+
+
 def _asked_validation() -> str | None:
     while True:
         path = click.prompt("Validation file (empty: a share is held out)", default="", show_default=False)
@@ -378,8 +421,9 @@ def _stem(path: str) -> str:
     return re.sub(r"[^\w-]", "-", parts[-1].partition(".")[0]).strip("-").lower() or "run"
 
 
-def write(out: Path, text: str) -> str:
+def write(out: Path, wish: Wish) -> str:
     """Write a new file, whole or not at all; returns what to do next. Raises ConfigError for one that is there."""
+    text, remark = run_file(wish), where_from(wish.model) if wish.model else ""
     require_free(out)
     try:
         publish_text(out, text)
@@ -387,6 +431,7 @@ def write(out: Path, text: str) -> str:
         raise ConfigError(f"{out}: cannot be written ({error.strerror}); name another place") from None
     folder = yaml.safe_load(text)["run_dir"]
     return "\n".join([
+        *([remark] if remark else []),
         f"{out}: written. Look it over, then:",
         f"  sft-dist prepare {out}",
         f"  sft-dist inspect {folder}/shards",

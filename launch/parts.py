@@ -24,7 +24,7 @@ import yaml
 
 from sft_dist import health
 from sft_dist.answers import Sampling, own_prompts, prompts
-from sft_dist.attention import choose, largest
+from sft_dist.attention import WINDOW, choose, largest
 from sft_dist.batch import check_shares
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
@@ -41,7 +41,7 @@ from sft_dist.evaluate import Evaluator, Sources, forgetting, held_out, open_sha
 from sft_dist.files import first_free
 from sft_dist.head import targets_at
 from sft_dist.identity import ALLOWANCES, STREAM
-from sft_dist.kernels import candidates, draws_dropout
+from sft_dist.kernels import candidates, differentiated, draws_dropout, narrowed
 from sft_dist.labels import LabelTask
 from sft_dist.layers import tile_mlp
 from sft_dist.limits import EarlyStopping, Verdict
@@ -237,9 +237,17 @@ def prove(plan: Plan, engine: Engine, comms: Comms) -> str:
     everywhere = comms.gather(kernel_names(plan))
     names = [name for name in everywhere[0] if all(name in there for there in everywhere)]
     vocab_size, is_16_bit = plan.shards.manifest.vocab_size, plan.config.train.precision != "fp32"
-    kernel, moved, passed_over = choose(
-        names, engine.use_kernel, engine.logits, vocab_size, is_16_bit=is_16_bit, worst=worst
-    )
+    model = engine.deepspeed.module
+    with narrowed(model, WINDOW):
+        kernel, moved, passed_over = choose(
+            names,
+            engine.use_kernel,
+            engine.logits,
+            vocab_size,
+            is_16_bit=is_16_bit,
+            differentiated=lambda: differentiated(model),
+            worst=worst,
+        )
     if plan.config.train.attention not in ("auto", kernel):
         raise ConfigError(f"train.attention: {passed_over[0]}. Use auto, or sdpa, which every model has")
     if engine.shared is not None and kernel == "sdpa":

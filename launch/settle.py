@@ -22,7 +22,7 @@ from sft_dist.errors import ConfigError
 from sft_dist.retention import list_folders, step_of
 from sft_dist.schema import RunConfig
 from sft_dist.state import TrainState
-from sft_dist.topology import Life, Topology
+from sft_dist.topology import Life, Topology, processes
 from sft_dist.zero import zero_config, zero_stage
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class Plan:
 
     def _ranks(self) -> str:
         sharers, groups = self.config.train.sequence_parallel, self.batch.world_size
-        return f"{groups} processes" if sharers == 1 else f"{groups} times {sharers} processes that share rows"
+        return processes(groups) if sharers == 1 else f"{groups} times {sharers} processes that share rows"
 
 
 def _check_early_stopping(config: RunConfig, folders: Sequence[Path]) -> None:

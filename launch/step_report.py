@@ -12,6 +12,7 @@ import numpy as np
 
 from sft_dist.gpus import GIB
 from sft_dist.step_trace import ATTENTION, COMMUNICATION, DATA, GAPS, OPTIMIZER, OTHER, PARTS, PHASES
+from sft_dist.topology import processes
 
 if TYPE_CHECKING:
     from sft_dist.batch import Batch
@@ -99,7 +100,7 @@ def told(batch: Batch, whole: Batch, found: Sequence[Found], trace: Path) -> Ite
     fill = main.fed.num_tokens / max(1, main.fed.num_rows * main.fed.seq_len)
     yield (
         f"{count} steps of {batch.global_batch_rows:,} rows = {batch.micro_batch_rows} a micro-batch x {batch.accumulation_steps} "
-        f"accumulated x {batch.world_size} processes; {per_row:.1f} documents a row, {fill:.0%} of it filled"
+        f"accumulated x {processes(batch.world_size)}; {per_row:.1f} documents a row, {fill:.0%} of it filled"
     )
     if whole.accumulation_steps > batch.accumulation_steps:
         yield (

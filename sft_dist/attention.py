@@ -6,8 +6,10 @@ the kernel at hand before the first step of every run, never assumed.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -15,6 +17,8 @@ from sft_dist.errors import ModelError
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """A model as a function: (tokens, positions), int64 [rows, length] each, to logits [rows, length, vocab]."""
+WINDOW = 4
+"""A sliding window has to be as narrow as this for the proof to see it: each of its documents is longer."""
 _LENGTHS = (7, 9, 5)  # three documents in the first of two rows, the other way round in the second; uneven, to show
 
 
@@ -73,6 +77,19 @@ def prove_isolation(forward: Forward, vocab_size: int, *, is_16_bit: bool, kerne
     return moved
 
 
+def _measured(
+    forward: Forward, vocab_size: int, differentiated: Callable[[], AbstractContextManager[list[torch.Tensor]]]
+) -> list[torch.Tensor]:
+    """Logits of the packed rows, fp32; behind them the kernel's gradients."""
+    with differentiated() as gradients:
+        logits = forward(*_packed_rows(vocab_size)).float()
+    return [logits, *gradients]
+
+
+def _off(measured: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((measured - truth).abs().max() / truth.abs().max().clamp_min(1e-6)).item()
+
+
 def choose(
     names: Sequence[str],
     use: Callable[[str], None],
@@ -80,24 +97,27 @@ def choose(
     vocab_size: int,
     *,
     is_16_bit: bool,
+    differentiated: Callable[[], AbstractContextManager[list[torch.Tensor]]] = lambda: contextlib.nullcontext([]),
     worst: Callable[[float], float] = float,
 ) -> tuple[str, float, list[str]]:
     """Put the first kernel to use that is proven; returns its name, how far logits move, and why others were passed over.
 
     `names`: the fastest first; the last one is the truth, by which the others are measured: logits of packed rows must be equal to
-    its to rounding (a soft cap or a sliding window could be forgotten without a leak). `use` makes the model call a kernel.
+    its to rounding (a soft cap or a sliding window could be forgotten without a leak), and so must the gradients of the kernel
+    that a call of the model leaves in the list of `differentiated`. `use` makes the model call a kernel.
     `worst`: the largest of such a number over all ranks, NaN being the largest, so that they choose alike.
     Raises ModelError where none of them keeps documents apart.
     """
     truth_name, tolerance = names[-1], 3e-2 if is_16_bit else 1e-3
     passed_over: list[str] = []
     use(truth_name)
-    truth = forward(*_packed_rows(vocab_size)).float() if len(names) > 1 else torch.empty(0)
+    truth = _measured(forward, vocab_size, differentiated) if len(names) > 1 else []
     for name in names[:-1]:
         try:
             use(name)
-            off = (forward(*_packed_rows(vocab_size)).float() - truth).abs().max() / truth.abs().max().clamp_min(1e-6)
-            mine, why = largest(off.item(), *leak(forward, vocab_size)), ""
+            measured = _measured(forward, vocab_size, differentiated)
+            off, *turned = (_off(*pair) for pair in zip(measured, truth, strict=True))
+            mine, why = (largest(off, *leak(forward, vocab_size)), largest(0.0, *turned)), ""
         except (
             RuntimeError,
             ImportError,
@@ -105,13 +125,12 @@ def choose(
             TypeError,
             KeyError,
         ) as error:  # it is not made for this GPU or model
-            mine, why = math.inf, f"cannot be used: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        moved = worst(mine)
-        if moved <= tolerance:
+            mine, why = (math.inf,) * 2, f"cannot be used: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        moved, turned_by = (worst(number) for number in mine)
+        if moved <= tolerance and turned_by <= tolerance:
             return name, moved, passed_over
-        why = why or ("cannot be used on another rank" if moved == math.inf > mine else "")
-        passed_over.append(
-            f"attention {name!r} {why or f'is wrong for this model: logits move by {moved:.1e} of the largest'}"
-        )
+        why = why or ("cannot be used on another rank" if moved == math.inf > mine[0] else "")
+        told = f"gradients are off by {turned_by:.1e}" if moved <= tolerance else f"logits move by {moved:.1e}"
+        passed_over.append(f"attention {name!r} {why or f'is wrong for this model: {told} of the largest'}")
     use(truth_name)
     return truth_name, prove_isolation(forward, vocab_size, is_16_bit=is_16_bit, kernel=truth_name), passed_over

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,12 +34,20 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Points by x; `slot` chooses colour and dash. `faint`: what a smoother line is drawn over; `dots`: each point is one."""
+    """Points by x; `slot` chooses colour and dash. `faint`: what a smoother line is drawn over; `dots`: each point is one.
+
+    `buckets`: a histogram; each point is where a bucket begins and its height, the last one where they end, at 0.
+    """
 
     label: str
     points: tuple[Point, ...]
     slot: int
-    style: Literal["line", "faint", "dots"] = "line"
+    style: Literal["line", "faint", "dots", "buckets"] = "line"
+
+    @property
+    def largest_gap(self) -> float:
+        """The longest way between two of its points that is no gap."""
+        return math.inf if self.style == "buckets" else largest_gap(self.points)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,7 @@ class Chart:
     note: str = ""
     marks: tuple[Mark, ...] = ()
     from_zero: bool = False
+    is_log_x: bool = False
 
     @property
     def is_log(self) -> bool:
@@ -76,6 +85,8 @@ class Chart:
 
     def x_ticks(self) -> list[float]:
         """Round numbers within that range; there is no step between two steps."""
+        if self.is_log_x:
+            return log_ticks(*self.x_range())
         return [x for x in ticks(*self.x_range(), 6) if self.x_label != "step" or x == int(x)]
 
     def y_range(self) -> tuple[float, float]:
@@ -202,13 +213,17 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """What is told under the pointer: from `left` so wide, in per cent; `at` where the values lie."""
+    """What is told under the pointer: from `left` so wide, in per cent; `at` where the values lie.
+
+    `until`: where a bucket ends that begins at `x`.
+    """
 
     left: float
     width: float
     at: float
     x: float
     values: tuple[tuple[Line, float], ...]
+    until: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,18 +243,20 @@ def lay_out(chart: Chart) -> Drawing:
     (left, right), (low, high), is_log = chart.x_range(), chart.y_range(), chart.is_log
 
     def across(x: float) -> float:
-        return (x - left) / (right - left)
+        return math.log(x / left) / math.log(right / left) if chart.is_log_x else (x - left) / (right - left)
 
     def down(y: float) -> float:
         return 1 - (math.log(y / low) / math.log(high / low) if is_log else (y - low) / (high - low))
 
     drawn = []
     for line in chart.lines:
-        gap = largest_gap(line.points)
         places = [
             [(round(1000 * across(x), 1), round(1000 * down(y), 1)) for x, y in thinned(part)]
-            for part in stretches(line.points, gap)
+            for part in stretches(line.points, line.largest_gap)
         ]
+        if line.style == "buckets":
+            drawn.append(Drawn(line, f"M{places[0][0][0]:g} 1000" + "".join(f"H{x:g}V{y:g}" for x, y in places[0]), ()))
+            continue
         path = "".join("M" + "L".join(f"{x:g} {y:g}" for x, y in part) for part in places if len(part) > 1)
         alone = [part[0] for part in places if len(part) == 1]
         is_dotted = line.style == "dots" and len(line.points) <= 60
@@ -250,27 +267,28 @@ def lay_out(chart: Chart) -> Drawing:
         [(100 * down(y), short(y)) for y in (log_ticks if is_log else ticks)(low, high)],
         [(100 * across(mark.x), mark) for mark in chart.marks if left <= mark.x <= right],
         drawn,
-        list(_columns(chart, left, right)),
+        list(_columns(chart, across)),
     )
 
 
-def _columns(chart: Chart, left: float, right: float) -> Iterator[Column]:
+def _columns(chart: Chart, across: Callable[[float], float]) -> Iterator[Column]:
     """Strips side by side, each for an x of a point and the values of all lines at or next before it."""
-    told = [
-        (line, [x for x, _ in line.points], largest_gap(line.points)) for line in chart.lines if line.style != "faint"
-    ]
+    told = [(line, [x for x, _ in line.points], line.largest_gap) for line in chart.lines if line.style != "faint"]
+    are_buckets = all(line.style == "buckets" for line, _, _ in told)
     xs = sorted({x for _, of_line, _ in told for x in of_line})
-    if len(xs) > _MOST_COLUMNS:
+    if len(xs) > _MOST_COLUMNS and not are_buckets:
         xs = [xs[round(place)] for place in np.linspace(0, len(xs) - 1, _MOST_COLUMNS)]
-    edges = [left, *((one + other) / 2 for one, other in itertools.pairwise(xs)), right]
-    for x, (begin, end) in zip(xs, itertools.pairwise(edges), strict=True):
+    left, right = chart.x_range()
+    edges = xs if are_buckets else [left, *((one + other) / 2 for one, other in itertools.pairwise(xs)), right]
+    for x, (begin, end) in zip(xs, itertools.pairwise(edges), strict=not are_buckets):
         values = []
         for line, of_line, gap in told:
             place = bisect.bisect_right(of_line, x) - 1
             if place >= 0 and x - of_line[place] <= max(gap, end - begin):
                 values.append((line, line.points[place][1]))
-        percent = 100 / (right - left)
-        yield Column((begin - left) * percent, (end - begin) * percent, (x - left) * percent, x, tuple(values))
+        at, width, until = 100 * across(x), 100 * (across(end) - across(begin)), end if are_buckets else None
+        at += width / 2 if are_buckets else 0
+        yield Column(100 * across(begin), width, at, x, tuple(values), until)
 
 
 def write_png(chart: Chart, path: Path, *, is_dark: bool = False) -> None:
@@ -292,8 +310,10 @@ def write_png(chart: Chart, path: Path, *, is_dark: bool = False) -> None:
     axes = figure.add_subplot(facecolor=ground)
     for line in chart.lines:
         colour, dash = COLOURS[line.slot % len(COLOURS)][is_dark], DASHES[line.slot // len(COLOURS) % len(DASHES)]
-        gap, label = largest_gap(line.points), line.label
-        for part in stretches(line.points, gap):
+        label = line.label
+        if line.style == "buckets":
+            axes.fill_between(*zip(*line.points, strict=True), step="post", color=colour, alpha=0.14, linewidth=0)
+        for part in stretches(line.points, line.largest_gap):
             is_faint, has_dots = (
                 line.style == "faint",
                 len(part) == 1 or (line.style == "dots" and len(line.points) <= 60),
@@ -308,6 +328,7 @@ def write_png(chart: Chart, path: Path, *, is_dark: bool = False) -> None:
                 markersize=3.5,
                 clip_on=not has_dots,
                 solid_joinstyle="round",
+                drawstyle="steps-post" if line.style == "buckets" else "default",
             )
             if dash and not is_faint:
                 made.set_dashes(dash)
@@ -318,10 +339,13 @@ def write_png(chart: Chart, path: Path, *, is_dark: bool = False) -> None:
     axes.set_ylim(*chart.y_range())
     if chart.is_log:
         axes.set_yscale("log")
+    if chart.is_log_x:
+        axes.set_xscale("log")
     low, high = chart.y_range()
     axes.yaxis.set_major_locator(FixedLocator((log_ticks if chart.is_log else ticks)(low, high)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(FixedLocator(chart.x_ticks()))
+    axes.xaxis.set_minor_locator(NullLocator())
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.grid(axis="y", color=grid, linewidth=0.8)
@@ -329,7 +353,7 @@ def write_png(chart: Chart, path: Path, *, is_dark: bool = False) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(grid)
-    axes.set_xlabel(chart.x_label, color=soft, fontsize=9)
+    axes.set_xlabel(f"{chart.x_label}, logarithmic" if chart.is_log_x else chart.x_label, color=soft, fontsize=9)
     unit = f"{chart.unit}, logarithmic" if chart.is_log else chart.unit
     axes.set_ylabel(unit, color=soft, fontsize=9)
     axes.set_title(chart.title, color=ink, fontsize=12, fontweight="bold", loc="left", pad=10, parse_math=False)

@@ -21,6 +21,7 @@ from sft_dist.long_rows import Shared, enough_heads
 
 ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout")  # what transformers' families call that of attention weights
 _BUCKET = 64  # the number of documents is rounded up to a multiple of it, by empty ones: few shapes
+_WINDOWS = ("sliding_window", "attention_chunk_size")  # what transformers' masks and layers read
 _OWN = "sft_dist_"  # before the names of ours, which transformers must not take for its own
 
 
@@ -166,6 +167,56 @@ def watched(model: PreTrainedModel, around: Callable[[], AbstractContextManager[
         yield
     finally:
         del ALL_ATTENTION_FUNCTIONS[name]  # of the instance; the kernel stays registered with the class
+
+
+@contextlib.contextmanager
+def narrowed(model: torch.nn.Module, window: int) -> Iterator[None]:
+    """Within it no window or chunk of a model's attention is wider than so many tokens: rows of a proof have to be longer.
+
+    Some families (Qwen2-MoE, PhiMoE, Llama 4) have theirs in the mask alone, which kernels that know documents do not take.
+    """
+    configs = {id(found): found for module in model.modules() if (found := getattr(module, "config", None)) is not None}
+    wide = [
+        (holder, name, value)
+        for holder in (*configs.values(), *model.modules())
+        for name in _WINDOWS
+        if type(value := getattr(holder, name, None)) is int and value > window
+    ]
+    try:
+        for holder, name, _ in wide:
+            setattr(holder, name, window)
+        yield
+    finally:
+        for holder, name, value in wide:
+            setattr(holder, name, value)
+
+
+@contextlib.contextmanager
+def differentiated(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Within it each layer that calls its kernel leaves the kernel's gradients at queries, keys and values: fp32, on the CPU.
+
+    These are drawn, the same for every kernel, in the shapes that come; no parameter has part in it, and none gets a gradient.
+    """
+    name, found = model.config._attn_implementation, list[torch.Tensor]()
+    kernel = ALL_ATTENTION_FUNCTIONS[name]
+
+    def attend(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **more: Any
+    ) -> Any:
+        source, states = torch.Generator().manual_seed(0), (query, key, value)
+        drawn = [torch.randn(state.shape, generator=source).to(state).requires_grad_() for state in states]
+        with torch.enable_grad():
+            made = kernel(module, *drawn, *rest, **more)[0]
+            of_made = torch.randn(made.shape, generator=source).to(made)
+            gradients = torch.autograd.grad(made, drawn, of_made)
+        found.extend(gradient.float().cpu() for gradient in gradients)
+        return kernel(module, *states, *rest, **more)
+
+    ALL_ATTENTION_FUNCTIONS[name] = attend
+    try:
+        yield found
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[name]  # of the instance, as above
 
 
 def use(model: PreTrainedModel, name: str) -> None:

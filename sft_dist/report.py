@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import shlex
@@ -95,6 +96,7 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
     for run in runs:
         made += _parts(run, "validation_loss", "Validation loss by source", runs, marks)
         made += _parts(run, "loss", "Training loss by set", runs, marks)
+    made += _documents(runs)
     for name, title, unit, factor, from_zero in _SINGLE:
         made += _overlay(runs, name, title, unit, factor=factor, from_zero=from_zero, marks=marks)
     if len(runs) == 1:
@@ -185,6 +187,51 @@ def _parts(run: Run, whole: str, title: str, runs: Sequence[Run], marks: tuple[M
         of = f": {run.name}" if len(runs) > 1 else ""
         name += f"-{number}" if len(runs) > 1 else ""
         yield Chart(name, title + of, "nats per target token", lines, note=note, marks=marks)
+
+
+def _documents(runs: Sequence[Run]) -> Iterator[Chart]:
+    """How the losses of the validation documents are distributed: of a run its first and its last, of several the last of each."""
+    found: list[tuple[str, dict[str, Any] | None]]
+    if len(runs) == 1:
+        steps = sorted(runs[0].documents)
+        found = [(f"step {step:,}", runs[0].documents[step]) for step in dict.fromkeys([*steps[:1], *steps[-1:]])]
+    else:
+        found = [(run.name, run.documents[max(run.documents)] if run.documents else None) for run in runs]
+    lines = tuple(Line(name, made, slot, "buckets") for slot, (name, of) in enumerate(found) if (made := buckets(of)))
+    if lines:
+        medians = [f"{name} {exact(half)}" for name, of in found if (half := _median(of)) is not None]
+        note = "The mean over the targets of each document; logarithmic, a bucket is 9 % wide and the first one holds all below."
+        note += f" Half of the documents are below: {', '.join(medians)}." if medians else ""
+        title, x_label = "Losses of the validation documents", "nats per target token"
+        yield Chart("document-losses", title, "% of the documents", lines, x_label, note, from_zero=True, is_log_x=True)
+
+
+def _median(distribution: dict[str, Any] | None) -> float | None:
+    with contextlib.suppress(KeyError, TypeError):
+        return float((distribution or {})["quantiles"]["0.5"])
+    return None
+
+
+def buckets(distribution: dict[str, Any] | None) -> tuple[Point, ...]:
+    """Where each bucket begins, with the per cent of the documents in it; a first one from 0 is as wide as the next.
+
+    Nothing of what no logarithmic axis can show.
+
+    >>> buckets({"edges": [0.0, 1.0, 2.0, 4.0], "counts": [1, 0, 3]})
+    ((0.5, 25.0), (1.0, 0.0), (2.0, 75.0), (4.0, 0.0))
+    """
+    edges, counts = (list(distribution["edges"]), distribution["counts"]) if distribution else ([], [])
+    if (
+        len(edges) < 2
+        or edges[1] <= 0
+        or any(one >= other for one, other in itertools.pairwise(edges))
+        or not any(counts)
+    ):
+        return ()
+    if edges[0] <= 0:
+        edges[0] = edges[1] ** 2 / edges[2] if len(edges) > 2 else edges[1] / 2
+    shares = [100 * count / sum(counts) for count in counts]
+    return tuple(zip(edges, [*shares, 0.0], strict=True))
 
 
 def _overlay(
@@ -398,6 +445,7 @@ def page(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
 
     # `finalize` sees every value that is put in: control characters become signs, then autoescape does the rest
     environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -405,7 +453,7 @@ def page(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     environment.filters |= {"commas": "{:,}".format, "exact": exact, "duration": duration, "percent": "{:.2f}".format}
-    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text("utf-8"))
+    template = environment.get_template("report.html.jinja")
     differing, num_keys = config_diff(runs)
     return template.render(
         runs=runs,

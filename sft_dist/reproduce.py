@@ -18,7 +18,7 @@ from sft_dist.identity import changes
 from sft_dist.manifest import read_manifest
 from sft_dist.schema import ReproducesConfig, RunConfig
 from sft_dist.state import TrainState
-from sft_dist.topology import start_command
+from sft_dist.topology import processes, start_command
 from sft_dist.usage import USAGE, num_nodes, read_usage
 from sft_dist.zero import zero_config
 
@@ -122,7 +122,7 @@ def _head(run_dir: Path, config: RunConfig, wanted: ReproducesConfig) -> str:
     return (
         "# The run that made this model, every key resolved. In any folder where the files are that it names:\n"
         + "\n".join(f"#   {line}" for line in lines)
-        + f"\n# The weights are the same to the bit on {wanted.world_size} processes with the same versions and hardware:\n"
+        + f"\n# The weights are the same to the bit on {processes(wanted.world_size)} with the same versions and hardware:\n"
         f"#   {told}{sets}{caveats}\n"
     )
 
@@ -150,7 +150,7 @@ def require_same(wanted: ReproducesConfig | None, identity: Mapping[str, Any], c
 def differences(wanted: ReproducesConfig, checkpoint: Path) -> list[str]:
     """Why the weights of a checkpoint may differ in their last bits from those that it is to have."""
     world_size, found = read_manifest(checkpoint)["world_size"], environment_of(checkpoint)
-    made = [f"{world_size} processes in place of {wanted.world_size}"] if world_size != wanted.world_size else []
+    made = [f"{processes(world_size)} in place of {wanted.world_size}"] if world_size != wanted.world_size else []
     for name, then in wanted.environment.items():
         if found.get(name) != then:
             made.append(f"{found.get(name, 'an unknown ' + name)} in place of {then}")

@@ -41,6 +41,7 @@ class Data:
 class Run:
     """What a run folder holds: `series[name]` are (step, value) by step, of every number in `metrics.jsonl`.
 
+    `documents`: by step how the losses of the validation documents are distributed (see `sft_dist.document_losses`).
     `notes` are what a reader has to know about the numbers.
     """
 
@@ -56,6 +57,7 @@ class Run:
     notes: list[str]
     history: list[str]
     is_running: bool = False
+    documents: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def last(self, name: str) -> float | None:
         """The last value of a metric."""
@@ -109,13 +111,13 @@ def read_run(folder: Path, *, name: str | None = None, is_running: bool = False)
         raise ConfigError(f"{folder}: the run has not begun to write metrics.jsonl; wait for its first step")
     notes: list[str] = []
     config = _config(folder / "run.yaml", notes)
-    series, samples, confusion = _metrics(path, notes)
+    series, samples, confusion, documents = _metrics(path, notes)
     if not series:
         raise ConfigError(f"{path}: holds no number yet; wait for the run's first step")
     lives = spans(read_usage(folder / USAGE))
     run = Run(
         folder, name or folder.resolve().name, config, series, samples, confusion, lives, _ends(folder, lives),
-        _data(folder, config, notes), notes, _history(folder), is_running,
+        _data(folder, config, notes), notes, _history(folder), is_running, documents,
     )  # fmt: skip
     notes.extend(_gaps(run))
     return run
@@ -132,10 +134,11 @@ def _config(path: Path, notes: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _metrics(path: Path, notes: list[str]) -> tuple[dict, dict, tuple[int, dict[str, Any]] | None]:
-    """(series, samples by step, the last confusion matrix); what is no metric is left out and counted."""
+def _metrics(path: Path, notes: list[str]) -> tuple[dict, dict, tuple[int, dict[str, Any]] | None, dict]:
+    """(series, samples by step, the last confusion matrix, document losses by step); what is no metric is left out and counted."""
     found: dict[str, dict[int, float]] = {}
     samples: dict[int, list[dict[str, str]]] = {}
+    documents: dict[int, dict[str, Any]] = {}
     confusion, bad, unknown, repeated = None, 0, set(), set()
     lines = path.read_bytes().split(b"\n")
     for number, text in enumerate(lines):
@@ -157,6 +160,8 @@ def _metrics(path: Path, notes: list[str]) -> tuple[dict, dict, tuple[int, dict[
             samples[step] = told["samples"]
         if "confusion" in told:
             confusion = (step, told["confusion"])
+        if "document_losses" in told:
+            documents[step] = told["document_losses"]
         for name, value in line.items():
             if name in _NOT_SCALARS:
                 continue
@@ -172,7 +177,7 @@ def _metrics(path: Path, notes: list[str]) -> tuple[dict, dict, tuple[int, dict[
         notes.append(f"Fields that this version does not know are left out: {', '.join(sorted(unknown))}.")
     if repeated:
         notes.append(f"{len(repeated):,} steps are told twice in metrics.jsonl; the later line counts.")
-    return {name: sorted(points.items()) for name, points in found.items()}, samples, confusion
+    return {name: sorted(points.items()) for name, points in found.items()}, samples, confusion, documents
 
 
 def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class SentencePieceTraining(Section):
     """How `prepare` trains a sentencepiece tokenizer on the training split."""
 
     vocab_size: int = Field(default=8000, ge=300)
-    """Pieces, control tokens and the 256 byte pieces included."""
+    """Pieces at most, control tokens and the 256 byte pieces included; a few short texts give fewer, which `prepare` says."""
     byte_fallback: bool = True
     """Spell unknown characters as bytes, so that no text is lost."""
 

@@ -69,6 +69,15 @@ class Topology:
         return cls(rank, world_size, local_rank, local_world_size=of_node)
 
 
+def processes(count: int) -> str:
+    """So many, in words.
+
+    >>> processes(1), processes(8)
+    ('1 process', '8 processes')
+    """
+    return f"{count} process{'' if count == 1 else 'es'}"
+
+
 def start_command(run_file: str, processes: int, nodes: int = 1) -> str:
     """What is typed to start a run on so many processes.
 

@@ -1,5 +1,9 @@
 """What every rank needs, imported once by the fork server and never used there, so that ranks start in milliseconds."""
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client reads it: it asks for a name that is none again and again
+
 import deepspeed  # noqa: F401
 import torch  # noqa: F401
 import transformers  # noqa: F401

@@ -362,7 +362,9 @@ def _trained(folder: Path, config: PrepareConfig, pieces: tuple[Piece, ...], say
         shutil.rmtree(staged, ignore_errors=True)
         tokenizer.save(staged, chat_template=None, model_max_length=config.seq_len)
         publish(staged, folder)
-        say(f"tokenizer: trained, {tokenizer.vocab_size:,} pieces")
+        wanted, found = config.tokenizer.sentencepiece.vocab_size, tokenizer.vocab_size
+        less = f"; the training texts give no more, {wanted:,} were asked for" if found < wanted else ""
+        say(f"tokenizer: trained, {found:,} pieces{less}")
     return Tokenizer.load(str(folder))
 
 

@@ -438,7 +438,8 @@ def _split(document: Document, seq_len: int, context: int) -> list[Document]:
 def train_sentencepiece(texts: Iterable[str], config: SentencePieceTraining) -> Tokenizer:
     """A sentencepiece tokenizer trained on `texts`, the same for the same texts; it loses no character.
 
-    Raises DataError when the texts cannot fill the vocabulary, naming the largest size that works.
+    It has fewer pieces than `config` asks for where the texts give no more. Raises DataError when they have more characters than
+    the vocabulary has room for, naming the size that works.
     """
     import sentencepiece
 
@@ -450,6 +451,7 @@ def train_sentencepiece(texts: Iterable[str], config: SentencePieceTraining) -> 
             model_writer=model,
             model_type="bpe",
             vocab_size=config.vocab_size,
+            hard_vocab_limit=False,
             byte_fallback=config.byte_fallback,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
@@ -466,7 +468,7 @@ def train_sentencepiece(texts: Iterable[str], config: SentencePieceTraining) -> 
     except RuntimeError as error:
         raise DataError(
             f"prepare.tokenizer.sentencepiece.vocab_size: {config.vocab_size} cannot be reached: "
-            f"{str(error).rsplit(']', 1)[-1].strip()} Use another vocab_size, or more text"
+            f"{str(error).rsplit(']', 1)[-1].strip()} Use another vocab_size"
         ) from None
     return from_sentencepiece(model.getvalue(), samples=[*_SAMPLES, *texts[:200]])
 

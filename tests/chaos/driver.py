@@ -17,6 +17,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,8 +145,25 @@ def until(is_so: Callable[[], bool], life: Watched, seconds: float = 40.0) -> bo
     return False
 
 
+def command(world_size: int, stage: int, run_dir: str) -> str:
+    return (
+        f"sft-dist train run.yaml --nproc {world_size} zero=ds_configs/zero{stage}.json run_dir={run_dir} "
+        f"train.max_steps={STEPS} train.hang_seconds={HANG_SECONDS} evaluate.samples=0 evaluate.every_steps={EVALUATE_EVERY} "
+        f"checkpoint.every_steps={SAVE_EVERY} checkpoint.keep_last=3 model.dropout=0.1"
+    )
+
+
+def prepared(folder: Path) -> Path:
+    """A folder with the shards and the undisturbed run, which is the same for every campaign."""
+    clone(folder)
+    runs.run_file(folder, micro_batch_rows=1, global_batch_rows=12)
+    run("sft-dist prepare run.yaml", folder)
+    run(command(*STEADY, run_dir="undisturbed"), folder)
+    return folder
+
+
 class Campaign:
-    """One run over many lives, and its undisturbed twin."""
+    """One run over many lives, beside its undisturbed twin."""
 
     def __init__(self, folder: Path, draw: random.Random, *, elastic: bool, on_small_disk: bool) -> None:
         self.folder, self.draw, self.elastic, self.on_small_disk = folder, draw, elastic, on_small_disk
@@ -158,20 +176,12 @@ class Campaign:
     def checkpoints(self) -> Path:
         return self.run_dir / "checkpoints"
 
-    def command(self, world_size: int, stage: int, run_dir: str = "disk/run") -> str:
-        return (
-            f"sft-dist train run.yaml --nproc {world_size} zero=ds_configs/zero{stage}.json run_dir={run_dir} "
-            f"train.max_steps={STEPS} train.hang_seconds={HANG_SECONDS} evaluate.samples=0 evaluate.every_steps={EVALUATE_EVERY} "
-            f"checkpoint.every_steps={SAVE_EVERY} checkpoint.keep_last=3 model.dropout=0.1"
-        )
+    def command(self, world_size: int, stage: int) -> str:
+        return command(world_size, stage, "disk/run")
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """The shards, the undisturbed twin, and, where it may be mounted, a small disk."""
-        clone(self.folder)
-        runs.run_file(self.folder, micro_batch_rows=1, global_batch_rows=12)
-        run("sft-dist prepare run.yaml", self.folder)
-        run(self.command(*STEADY, run_dir="undisturbed"), self.folder)
+        """A disk of its own, and a small one where it may be mounted."""
         disk = self.folder / "disk"
         disk.mkdir()
         size = sum(
@@ -186,6 +196,7 @@ class Campaign:
         finally:
             if self.on_small_disk:
                 subprocess.run(["umount", "-l", str(disk)], check=True)
+            shutil.rmtree(disk)
 
     def one_life(self, number: int, planned: str | None = None) -> Life:
         """Start it, hurt it, as `planned` or drawn, see how it ended."""
@@ -492,9 +503,10 @@ def campaigns(
     """So many lives in campaigns of `per_campaign`, every second one elastic; the summary. `planned`: of some lives, by number."""
     draw, done, kinds = random.Random(seed), [], Counter()
     has_disk, number = may_mount(), 0
-    while number < lives:
-        with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-            campaign = Campaign(Path(folder), draw, elastic=len(done) % 2 == 1, on_small_disk=has_disk)
+    with tempfile.TemporaryDirectory(prefix="chaos-") as made:
+        folder = prepared(Path(made))
+        while number < lives:
+            campaign = Campaign(folder, draw, elastic=len(done) % 2 == 1, on_small_disk=has_disk)
             with campaign.ready():
                 for _ in range(min(per_campaign, lives - number)):
                     number += 1

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 
 import pytest
 
-from tests.e2e.commands import clone, run, start
+from tests.e2e.commands import clone, forked, run, start
 from tests.invariants import runs
 
 STEPS = 30
@@ -102,14 +103,12 @@ def test_fresh_starts_over_and_keeps_the_old_run(folder):
         ("prepare.out=nowhere", "nowhere/train: no prepared shards there; run `sft-dist prepare RUN.yaml` first"),
         ("model={name_or_path: nowhere}", "model: cannot load nowhere"),
         ("model.config.n_positions=16", "a context of 16 tokens is shorter than prepare.seq_len 128"),
-        ("run_dir=shared train.seed=1", "was made with seed = 0, this run has 1"),
+        ("run_dir=straight train.seed=1", "was made with seed = 0, this run has 1"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_before_any_process_group(folder, arguments, message):
-    import shlex
-
-    output = run(" ".join([TRAIN, *map(shlex.quote, shlex.split(arguments) if "{" not in arguments else [arguments])]), folder,
-                 code=3 if "seed" in arguments else 2)  # fmt: skip
+    given = [arguments] if "{" in arguments else arguments.split()
+    output = forked(shlex.join([*TRAIN.split(), *given]), folder, code=3 if "seed" in arguments else 2)
     assert message in output
     assert "Traceback" not in output
     assert output.count("sft-dist:") == 1, output

@@ -11,7 +11,7 @@ from sft_dist.config import load
 from sft_dist.data.build import prepare
 from sft_dist.errors import CheckpointError
 from sft_dist.files import hold
-from tests.e2e.commands import clone, run
+from tests.e2e.commands import clone, enter
 from tests.invariants import runs
 from tests.workers import RankError, run_workers
 
@@ -70,17 +70,23 @@ def foreign(task, tmp_path_factory):
     return made
 
 
+@pytest.fixture(scope="module")
+def straight(task, tmp_path_factory):
+    """The run that no other trainer began."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    run_workers(runs.run, 2, task, (f"run_dir={run_dir}", *COMMON))
+    return run_dir
+
+
 @pytest.mark.parametrize("stage", [2, 3])
-def test_the_run_goes_on_where_the_other_trainer_was(task, foreign, stage, tmp_path):
-    straight = (f"run_dir={tmp_path / 'straight'}", *COMMON)
-    run_workers(runs.run, 2, task, straight)
+def test_the_run_goes_on_where_the_other_trainer_was(task, foreign, straight, stage, tmp_path):
     overrides = (f"run_dir={tmp_path / 'run'}", *COMMON)
-    said = run(f"sft-dist import {foreign[stage]} {task} {' '.join(overrides)}", clone(tmp_path))
+    said = enter(f"sft-dist import {foreign[stage]} {task} {' '.join(overrides)}", clone(tmp_path))
     done = int(json.loads((tmp_path / "run" / "checkpoints" / "latest" / "state.json").read_text())["step"])
     assert done >= HALF
     assert f"imported step {done} of " in said
     run_workers(runs.run, 4, task, overrides)
-    mine, theirs = runs.numbers(tmp_path / "run"), runs.numbers(tmp_path / "straight")
+    mine, theirs = runs.numbers(tmp_path / "run"), runs.numbers(straight)
     for (loss, norm), (wanted, wanted_norm) in zip(mine, theirs[done:], strict=True):
         assert loss == pytest.approx(wanted, rel=2e-6)
         assert norm == pytest.approx(wanted_norm, rel=2e-6)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from sft_dist.retention import list_folders
-from tests.e2e.commands import ROOT, blocks_of, clone, run
+from tests.e2e.commands import ROOT, blocks_of, clone, enter, run
 from tests.invariants import runs
 
 PAGE = (ROOT / "docs" / "checkpoints.md").read_text()
@@ -48,14 +48,14 @@ def test_every_way_to_go_on_does_what_the_page_says_and_is_certified(folder):
         more, words = MORE[option]
         command = line.replace("RUN.yaml", f"run.yaml {more}").replace("--from 800", "--from 4")
         assert words in run(command, folder), option
-    certificate = run("sft-dist verify run", folder)
+    certificate = enter("sft-dist verify run", folder)
     assert "VERIFIED" in certificate
     for words in ("skipped: rows", "reset: the stream", "allowed: global_batch_rows"):
         assert words in certificate, certificate
 
 
 def test_the_list_tells_best_layout_and_damage_and_ends_with_3_then(folder):
-    said = run("sft-dist checkpoints run --verify", folder)
+    said = enter("sft-dist checkpoints run --verify", folder)
     assert "yes, every byte read" in said
     assert "* best validation" in said
     assert "ZeRO 1 x 1" in said or "ZeRO 2 x 1" in said or "ZeRO 3 x 1" in said, said
@@ -64,19 +64,19 @@ def test_the_list_tells_best_layout_and_damage_and_ends_with_3_then(folder):
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    said = run("sft-dist checkpoints run --verify", folder, code=3)
+    said = enter("sft-dist checkpoints run --verify", folder, code=3)
     assert f"NO: {shard.relative_to(folder)}: bytes" in said
-    assert "WRONG" in run("sft-dist verify run", folder, code=3)
+    assert "WRONG" in enter("sft-dist verify run", folder, code=3)
 
 
 @pytest.mark.parametrize("command", ["verify", "checkpoints"])
 def test_a_folder_without_checkpoints_is_told(folder, command):
-    said = run(f"sft-dist {command} elsewhere", folder, code=3)
+    said = enter(f"sft-dist {command} elsewhere", folder, code=3)
     assert "elsewhere: no checkpoint there" in said
 
 
 def test_what_is_no_checkpoint_of_another_trainer_is_refused(folder):
     line = lines("Moving in from DeepSpeed or the Hugging Face Trainer")[0]
     assert line.split()[:2] == ["sft-dist", "import"]
-    said = run(f"sft-dist import elsewhere {folder / 'run.yaml'} run_dir=moved", folder, code=3)
+    said = enter(f"sft-dist import elsewhere {folder / 'run.yaml'} run_dir=moved", folder, code=3)
     assert "elsewhere" in said

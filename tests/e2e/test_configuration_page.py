@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from launch import init
-from tests.e2e.commands import ROOT, clone, run
+from tests.e2e.commands import ROOT, clone, enter
 
 PAGE = (ROOT / "docs" / "configuration.md").read_text()
 
@@ -23,7 +23,7 @@ def said(tmp_path_factory):
     for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL):
         for line in block.splitlines():
             command, _, file = line.partition("  #")[0].rstrip().partition(" > ")
-            said[command] = run(command, folder)
+            said[command] = enter(command, folder)
             if file:
                 (folder / file).write_text(said[command])
     return said

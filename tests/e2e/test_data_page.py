@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from sft_dist.data.tokenise import Tokenizer
-from tests.e2e.commands import ROOT, clone, page_blocks, run, shown
+from tests.e2e.commands import ROOT, clone, enter, page_blocks, run, shown
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def test_the_mixture_of_the_page_trains_goes_on_and_is_exported(folder):
     steps = [line for line in lines if "learning_rate" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     assert {"loss/instructions", "loss/tasks", "epochs/instructions", "epochs/tasks"} <= set().union(*steps)
-    run("sft-dist export runs/mixture runs/mixture/export", folder)
-    measured = [run(f"sft-dist eval {model} --json", folder) for model in ("runs/mixture", "runs/mixture/export")]
+    enter("sft-dist export runs/mixture runs/mixture/export", folder)
+    measured = [enter(f"sft-dist eval {model} --json", folder) for model in ("runs/mixture", "runs/mixture/export")]
     first, second = (json.loads(text.splitlines()[-1])["validation_loss"] for text in measured)
     assert first == pytest.approx(second, rel=1e-6)
     refused = run("sft-dist train mixture.yaml --nproc 1 train.order=rows train.max_steps=5", folder, code=3)
@@ -95,9 +95,9 @@ def test_a_chat_template_of_its_own_from_records_to_an_export(folder):
     row = run("sft-dist inspect runs/chats/shards --row 0", folder)
     assert "<|im_end|><|im_end|>" in row  # the user's, which is text, and the template's
     run("sft-dist train chats.yaml --nproc 1", folder)
-    run("sft-dist export runs/chats runs/chats/export", folder)
+    enter("sft-dist export runs/chats runs/chats/export", folder)
     ends = json.loads((folder / "runs/chats/export/generation_config.json").read_text())["eos_token_id"]
     assert ends == [50256, 50258]
-    assert run("sft-dist chat runs/chats/export --prompt hello --max-new-tokens 3", folder) == run(
+    assert enter("sft-dist chat runs/chats/export --prompt hello --max-new-tokens 3", folder) == enter(
         "sft-dist chat runs/chats --prompt hello --max-new-tokens 3", folder
     )

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.e2e.commands import ROOT, clone, run
+from tests.e2e.commands import ROOT, clone, enter, run
 from tests.invariants import runs
 
 EXAMPLES = sorted(path.parent.name for path in (ROOT / "examples").glob("*/run.yaml"))
@@ -47,7 +47,7 @@ def test_pre_trained_then_fine_tuned_with_no_network(folder):
     )
     run(f"sft-dist prepare {text}", folder)
     run(f"sft-dist train {text} --nproc 2", folder)
-    run("sft-dist export text text/export", folder)
+    enter("sft-dist export text text/export", folder)
     pair = "prepare.out=asked-shards prepare.tokenizer=null prepare.seq_len=128 train.max_steps=30 evaluate.samples=0"
     asked = f"examples/instructions/run.yaml {pair}"
     run(f"sft-dist prepare {asked} 'model={{name_or_path: text/export}}'", folder)
@@ -58,8 +58,8 @@ def test_pre_trained_then_fine_tuned_with_no_network(folder):
         run(f"sft-dist train {asked} run_dir={name} 'model={model}' --nproc 2", folder)
     assert losses(folder, "tuned")[0] < losses(folder, "scratch")[0] - 0.5
     assert losses(folder, "tuned")[-1] < losses(folder, "scratch")[-1]
-    run("sft-dist export tuned tuned/export --dtype bfloat16", folder)
+    enter("sft-dist export tuned tuned/export --dtype bfloat16", folder)
     assert json.loads((folder / "tuned" / "export" / "config.json").read_text())["dtype"] == "bfloat16"
-    output = run("sft-dist eval tuned/export text/export --shards asked-shards --json", folder)
+    output = enter("sft-dist eval tuned/export text/export --shards asked-shards --json", folder)
     after, before = (json.loads(line)["validation_loss"] for line in output.splitlines() if line.startswith("{"))
     assert after < before

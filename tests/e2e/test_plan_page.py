@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 
-from tests.e2e.commands import ROOT, clone, run, shown
+from tests.e2e.commands import ROOT, clone, enter, run, shown
 
 PAGE = (ROOT / "docs" / "plan.md").read_text()
 CASES = json.loads((ROOT / "benchmarks" / "results" / "memory_plan.json").read_text())["cases"]
@@ -16,11 +16,11 @@ def test_the_commands_of_the_page(tmp_path):
     folder = clone(tmp_path)
     prepare, plain, auto = shown("docs/plan.md")
     run(prepare, folder)
-    told = run(plain, folder)
+    told = enter(plain, folder)
     assert "→ zero2" in told
     assert re.search(r"^best: zero=ds_configs/zero1\.json .*micro_batch_rows=\d+", told, flags=re.MULTILINE)
     assert "warning: a step of 308 rows leaves only 1.3 steps an epoch" in told
-    assert re.search(r"GPU-hours = [\d.]+ EUR; evaluation", run(auto, folder))
+    assert re.search(r"GPU-hours = [\d.]+ EUR; evaluation", enter(auto, folder))
     assert shlex.split(auto)[-1] == "budget.price_per_gpu_hour=2.10 EUR"
 
 

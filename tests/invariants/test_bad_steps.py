@@ -168,11 +168,19 @@ def test_a_second_roll_back_remembers_the_first(task, tmp_path):
     assert verify_run(tmp_path / "run").is_right
 
 
+@pytest.fixture(scope="module")
+def six(task, tmp_path_factory):
+    """A run of six steps."""
+    run_dir = tmp_path_factory.mktemp("six") / "run"
+    run_workers(run, 2, task, (f"run_dir={run_dir}", *PLAIN, "train.max_steps=6"))
+    return run_dir
+
+
 @pytest.mark.parametrize("change", [{"skip_rows": 8}, {"resets_data": True}, {"allow": ("seed-change",)}])
-def test_a_roll_back_keeps_what_was_changed_on_purpose(task, tmp_path, change):
+def test_a_roll_back_keeps_what_was_changed_on_purpose(task, six, tmp_path, change):
     """Changed at step 6, and bad at once: the checkpoint of step 6 stands for what this life began with."""
+    shutil.copytree(six, tmp_path / "run", symlinks=True)
     where = (f"run_dir={tmp_path / 'run'}", *PLAIN)
-    run_workers(run, 2, task, (*where, "train.max_steps=6"))
     begin = {"skip_rows": 56, "resets_data": 0}.get(next(iter(change)), 48)
     seed = ("train.seed=1",) if "allow" in change else ()
     run_workers(resumed, 2, task, (*where, *seed), range(begin, begin + 24), **change)

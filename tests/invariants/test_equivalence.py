@@ -102,14 +102,6 @@ def test_fewer_validation_rows_than_ranks(go, task, tmp_path):
     assert runs.measured(three, 2)["validation_accuracy"] == runs.measured(alone, 2)["validation_accuracy"]
 
 
-def test_effective_batches_of_thousands(go):
-    """3,840 rows by accumulation (240 micro-batches a rank) are the step that large micro-batches take on one rank."""
-    common = ("train.global_batch_rows=3840", "train.max_steps=1", "evaluate.samples=0")
-    small = go("small", 2, "train.micro_batch_rows=8", *common)
-    large = go("large", 1, "train.micro_batch_rows=64", *common)
-    assert_same_curve(runs.numbers(small), runs.numbers(large), tolerance=TOLERANCE)
-
-
 def distance(ours, theirs, kind):
     """Relative, in the Euclidean norm over all parameters, of the tensors of one kind of two checkpoints."""
     names = [name for name in theirs if name.startswith(f"{kind}/")]

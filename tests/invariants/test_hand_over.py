@@ -90,7 +90,7 @@ def test_the_card_tells_what_the_run_knows(given):
     funnel = json.loads((given / "shards" / "prepare.json").read_text())["funnel"]
     for line in (
         f"| read | {funnel['read']} |", f"| train | {funnel['train']} |", "| steps | 6 |", "| rows | 48, 8 a step |",
-        f"| `{given / 'messages'}` | cc-by-4.0 |", "DeepSpeed ZeRO stage 2, 1 processes", "vllm serve ./export",
+        f"| `{given / 'messages'}` | cc-by-4.0 |", "DeepSpeed ZeRO stage 2, 1 process", "vllm serve ./export",
         "It was trained on single questions", "sft-dist train reproduce.yaml --nproc 1",
     ):  # fmt: skip
         assert line in card.text, line
@@ -162,7 +162,7 @@ def test_the_run_is_had_again_bit_for_bit_in_another_folder(given, tmp_path, mon
     wanted = load("reproduce.yaml").reproduces
     for change, is_right, words in (
         ({}, False, "the weights of step 6 are others, though all that should matter is the same"),
-        ({"world_size": 4}, None, "others, trained with 1 processes in place of 4"),
+        ({"world_size": 4}, None, "others, trained with 1 process in place of 4"),
         ({"environment": {"versions": "torch 1"}}, None, "in place of torch 1"),
         ({"caveats": ["a lever was pulled"]}, None, "others, trained with a lever was pulled"),
         ({"step": 7}, None, "step 7 was exported then, and is not reached or not kept here"),

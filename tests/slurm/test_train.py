@@ -229,7 +229,7 @@ def test_it_goes_on_with_fewer_and_more_nodes_and_stays_away_when_a_person_says_
     assert "on host n2 hangs" in job.log, cluster.describe(job.number) + job.log
     assert "the next life avoids n2" in job.log
     job.until_step(job.step() + 2)
-    assert "x 1 processes" in job.log
+    assert "x 1 process" in job.log
     said = job.sft_dist("stop elastic")
     assert f"job {job.number} saves and ends; it is not requeued" in said
     job.ends("FAILED")  # 143: jobs that wait for a finished run must not start

@@ -86,15 +86,26 @@ def test_what_it_writes_is_prepared_and_can_be_trained(here, task, schema, words
         assert word in text
     assert text.count("#") >= 12, "commented"
     assert load("run.yaml").prepare.sources[0].schema_ == schema
-    more = ["prepare.tokenizer.sentencepiece.vocab_size=400"] if task == "text" else []
-    prepared = sft_dist("prepare", "run.yaml", "--workers", 1, *more)
+    prepared = sft_dist("prepare", "run.yaml", "--workers", 1)
     assert prepared.exit_code == 0, prepared.output
     assert re.search(
         r"[1-9][\d,]* train, \d" if task == "text" else r"[1-9][\d,]* train, [1-9][\d,]* validation", prepared.output
     )
-    checked = sft_dist("train", "run.yaml", "--print-config", "--nproc", 1, "train.micro_batch_rows=1", *more)
+    checked = sft_dist("train", "run.yaml", "--print-config", "--nproc", 1, "train.micro_batch_rows=1")
     assert checked.exit_code == 0, checked.output
-    assert "a micro-batch x 8 accumulated x 1 processes" in checked.output
+    assert "a micro-batch x 8 accumulated x 1 process" in checked.output
+
+
+def test_a_few_records_are_enough_to_begin_with(here):
+    jsonl(here / "few.jsonl", ({"prompt": f"What is {n} plus {n}?", "response": f"It is {2 * n}."} for n in range(30)))
+    assert sft_dist("init", "--data", "few.jsonl", "--preset", "tiny").exit_code == 0
+    prepared = sft_dist("prepare", "run.yaml", "--workers", 1)
+    assert prepared.exit_code == 0, prepared.output
+    assert re.search(
+        r"trained, [4-7]\d\d pieces; the training texts give no more, 1,000 were asked for", prepared.stderr
+    )
+    checked = sft_dist("train", "run.yaml", "--print-config", "--nproc", 1, "train.micro_batch_rows=1")
+    assert checked.exit_code == 0, checked.output
 
 
 @pytest.mark.parametrize("name", init.presets())
@@ -117,7 +128,8 @@ def test_any_other_model_takes_what_fits_and_what_it_can_see(here):
     config = load("run.yaml")
     assert (config.model.name_or_path, config.train.micro_batch_rows, config.prepare.seq_len) == ("mine", "auto", 512)
     assert (config.run_dir, config.prepare.out, config.prepare.tokenizer) == ("runs/a b", "runs/a b/shards", None)
-    assert sft_dist("init", "b.yaml", "--data", SEEDS, "--model", "org/hub", "--validation", SEEDS).exit_code == 0
+    of_hub = sft_dist("init", "b.yaml", "--data", SEEDS, "--model", "org/hub", "--validation", SEEDS)
+    assert "org/hub: no folder here, and not in this machine's cache: it will be downloaded" in of_hub.stdout
     config = load("b.yaml")
     assert (config.prepare.seq_len, config.prepare.validation_fraction) == (1024, 0.0)
     assert config.prepare.validation_sources[0].schema_ == "self_instruct"
@@ -188,6 +200,26 @@ def test_mistakes_are_one_line_and_nothing_is_written(here):
     (here / "empty.jsonl").write_text("")
     assert "there is no record" in refused("b.yaml", "--data", "empty.jsonl")
     assert sorted(path.name for path in here.iterdir()) == ["empty.jsonl", "odd.jsonl", "run.yaml"]
+
+
+def test_a_model_that_cannot_be_is_told_at_once_and_one_that_is_here_needs_no_word(here, monkeypatch):
+    for path in ("/nowhere/model", "./model", "../model", "models/of/mine"):
+        assert f"--model {path!r}: there is no such folder, and a hub id is" in refused(
+            "--data", SEEDS, "--model", path
+        )
+    told = refused("--data", SEEDS, "--model", "~/model")
+    assert f"name a folder that is there: {Path.home()}/model" in told
+    (here / "empty").mkdir()
+    assert "there is no config.json in it" in refused("--data", SEEDS, "--model", "empty")
+    assert not (here / "run.yaml").exists()
+    cached = here / "hub/models--org--here"
+    (cached / "snapshots/abc").mkdir(parents=True)
+    (cached / "snapshots/abc/config.json").write_text("{}")
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "hub"))
+    assert init.where_from("org/here") == ""
+    assert "will be downloaded" in init.where_from("org/there")
 
 
 def test_a_disk_that_is_full_is_told_and_nothing_is_left(here, monkeypatch):
@@ -281,7 +313,7 @@ def test_who_leaves_in_the_middle_leaves_nothing_behind(here, how):
 def test_answers_of_another_kind(here, monkeypatch):
     """Another task than the data seem to be, with its columns; a model of one's own; --data that cannot be is an error."""
     jsonl(here / "data.jsonl", [{"text": f"{n}", "label": "ab"[n % 2], "why": f"because {n}"} for n in range(8)])
-    answers = iter(["instructions", "text", "why", "org/model", "nowhere.jsonl", ""])
+    answers = iter(["instructions", "text", "why", "./nowhere", "org/model", "nowhere.jsonl", ""])
     monkeypatch.setattr(init.click, "prompt", lambda *_, **__: next(answers))
     wish = init.wished(init.Options(data="data.jsonl", run_dir="runs/x"), asks=True)
     assert wish.found.source == {"path": "data.jsonl", "schema": "prompt_response", "prompt": "text", "response": "why"}

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft_dist import kernels
-from sft_dist.attention import choose, packed_logits
+from sft_dist.attention import WINDOW, choose, packed_logits
 from sft_dist.errors import ModelError
 from sft_dist.head import Head
 from sft_dist.kernels import candidates, documents_of, draws_dropout, use
@@ -137,6 +137,65 @@ def test_the_first_kernel_that_is_proven_is_taken(monkeypatch):
         assert (name, len(passed_over)) == ("sdpa", 1)
         assert "attention 'varlen' is wrong for this model" in passed_over[0]
         assert model.config._attn_implementation == "sdpa"
+
+
+def pick(model, head, names):
+    """As a run picks its kernel."""
+    put(model, head, names[-1])
+    with kernels.narrowed(model, WINDOW), torch.no_grad():
+        return choose(
+            names, lambda name: put(model, head, name), lambda *rows: packed_logits(model, *rows), VOCAB, is_16_bit=False,
+            differentiated=lambda: kernels.differentiated(model),
+        )  # fmt: skip
+
+
+# wider than the rows of the proof, as windows are; "layer_types" where only some layers have one
+_WINDOWED = {
+    "mistral": WIDE | {"sliding_window": 4096},
+    "qwen3": WIDE | {"head_dim": 8, "sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 1},
+    "gemma3_text": WIDE | {"head_dim": 8, "sliding_window": 4096, "layer_types": ["sliding_attention", "full_attention"]},
+}  # fmt: skip
+_IN_THE_MASK_ALONE = {
+    "qwen2_moe": WIDE | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 2,
+                         "num_experts_per_tok": 1, "sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 1},
+    "phimoe": WIDE | {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4096},
+    "llama4_text": WIDE | {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 8192},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [*_WINDOWED, *_IN_THE_MASK_ALONE])
+def test_a_window_that_is_in_the_mask_alone_is_not_lost(family):
+    config = AutoConfig.for_model(family, vocab_size=VOCAB, **(_WINDOWED | _IN_THE_MASK_ALONE)[family])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    before = [getattr(config, name, None) for name in kernels._WINDOWS]
+    name, moved, passed_over = pick(model, Head(model), ["by_document", "sdpa"])
+    assert [getattr(config, name, None) for name in kernels._WINDOWS] == before
+    assert moved < 1e-4
+    if family in _WINDOWED:
+        assert (name, passed_over) == ("by_document", [])
+        assert {module.sliding_window for module in model.modules() if hasattr(module, "sliding_window")} <= {
+            4096,
+            None,
+        }
+    else:
+        assert name == "sdpa"
+        assert "attention 'by_document' is wrong for this model: logits move by" in passed_over[0]
+
+
+def test_a_kernel_whose_gradient_is_wrong_is_passed_over(monkeypatch):
+    model, head = made("llama")
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
+    assert pick(model, head, ["varlen", "sdpa"])[0] == "varlen"
+
+    def wrong(query, key, value, *args, **more):
+        return varlen_by_hand(query, key.detach() + 0.9 * (key - key.detach()), value, *args, **more)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", wrong)
+    name, _, passed_over = pick(model, head, ["varlen", "sdpa"])
+    assert (name, len(passed_over)) == ("sdpa", 1)
+    assert "attention 'varlen' is wrong for this model: gradients are off by" in passed_over[0]
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @torch.no_grad()

@@ -182,6 +182,30 @@ def test_the_page_tells_the_numbers_of_the_files_and_needs_nothing_else(tmp_path
         assert words in seen.whole_text, words
 
 
+def test_the_losses_of_the_documents_are_drawn_as_they_were_counted(tmp_path):
+    first = {"edges": [0.0, 2.0, 4.0, 8.0], "counts": [1, 0, 3], "quantiles": {"0.5": 5.5}, "mean": 5.0}
+    last = {"edges": [1.0, 2.0, 4.0], "counts": [3, 1], "quantiles": {"0.5": 1.5}, "mean": 1.8}
+    odd = {"edges": [0.0, 0.0, 4.0], "counts": [3, 1]}
+    lines = [{"step": step, "document_losses": each} for step, each in ((0, first), (5, first), (9, last))]
+    run = read_run(run_folder(tmp_path / "run", [line(1, 5.0), *lines]))
+    (made,) = (each for each in charts([run]) if each.name == "document-losses")
+    assert [each.label for each in made.lines] == ["step 0", "step 9"]
+    assert made.lines[0].points == ((1.0, 25.0), (2.0, 0.0), (4.0, 75.0), (8.0, 0.0))
+    assert "step 0 5.5, step 9 1.5" in made.note
+    drawing = lay_out(made)
+    assert [each.path for each in drawing.lines] == [
+        "M0 1000H0V685.5H333.3V1000H666.7V56.6H1000V1000", "M0 1000H0V56.6H333.3V685.5H666.7V1000",
+    ]  # fmt: skip
+    told = [(each.x, each.until, [value for _, value in each.values]) for each in drawing.columns]
+    assert told == [(1.0, 2.0, [25.0, 75.0]), (2.0, 4.0, [0.0, 25.0]), (4.0, 8.0, [75.0, 0.0])]
+    assert drawing.x_ticks == [(0.0, "1"), (pytest.approx(100 / 3), "2"), (pytest.approx(77.39, abs=0.01), "5")]
+    write_png(made, tmp_path / "made.png")
+    other = read_run(run_folder(tmp_path / "other", [line(1, 5.0), {"step": 9, "document_losses": odd}]))
+    both = made_page(run.folder, other.folder)
+    assert "Losses of the validation documents" in both.whole_text
+    assert not [each for each in charts([other]) if each.name == "document-losses"]
+
+
 def test_many_steps_are_drawn_and_told_in_part(tmp_path):
     folder = run_folder(tmp_path / "run", [line(step, 6.0 / step**0.5) for step in range(1, 4_001)])
     run = read_run(folder)

@@ -48,8 +48,7 @@ def text(*ranks, whole=BATCH):
 def test_the_table_and_what_stands_below_it():
     said = text(found(matmuls=0.5, communication=0.125, host_gaps=0.125))
     assert (
-        "2 steps of 8 rows = 4 a micro-batch x 2 accumulated x 1 processes; 2.0 documents a row, 50% of it filled"
-        in said
+        "2 steps of 8 rows = 4 a micro-batch x 2 accumulated x 1 process; 2.0 documents a row, 50% of it filled" in said
     )
     for line in ("matmuls", "250.0    50.0%"), ("communication", "62.5    12.5%"), ("a step", "500.0   100.0%"):
         assert any(

@@ -313,13 +313,20 @@ def test_a_model_that_converts_otherwise_is_refused(tmp_path):
         Tokenizer.load(str(path))
 
 
+def test_few_texts_give_fewer_pieces_and_the_same_ones():
+    largest = train_sentencepiece(TEXTS, SentencePieceTraining(vocab_size=4000))
+    assert TRAINING.vocab_size < largest.vocab_size < 4000
+    full = train_sentencepiece(TEXTS, SentencePieceTraining(vocab_size=largest.vocab_size))
+    assert full.fingerprint == largest.fingerprint
+
+
 def test_each_unusable_tokenizer_is_named_with_a_remedy(tokenizer, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"not a sentencepiece model .*; name another file"):
         from_sentencepiece(b"nonsense", [])
     with pytest.raises(DataError, match="no end token; train it with eos_id >= 0"):
         from_sentencepiece(trained(tmp_path, eos_id=-1).read_bytes(), [])
-    with pytest.raises(DataError, match=r"vocab_size: 4000 cannot be reached: .*<= \d+\. Use another"):
-        train_sentencepiece(TEXTS, SentencePieceTraining(vocab_size=4000))
+    with pytest.raises(DataError, match=r"vocab_size: 300 cannot be reached: .*smaller than.*Use another"):
+        train_sentencepiece(["".join(map(chr, range(0x4E00, 0x5000)))], SentencePieceTraining(vocab_size=300))
     with pytest.raises(DataError, match=r"has no tokenizer\.json; save it with a fast tokenizer first"):
         Tokenizer.load(str(tmp_path))
     tokenizer.save(tmp_path / "t", chat_template=None, model_max_length=8)
