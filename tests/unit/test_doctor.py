@@ -40,7 +40,7 @@ def test_this_machine_is_fit(quick, tmp_path):
         "  ok  Python ",
         f"  ok  torch           {metadata.version('torch')} (tested with >=",
         "other packages  ",
-        "6 DeepSpeed files, 8 presets, batch scripts",
+        "6 DeepSpeed files, 10 presets, batch scripts",
         "fit: all that is necessary works",
         f"GB free in {tmp_path}, one file is written at about",
     ):
