@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROWS = [
     "errors phases goodput data.records glossary step_trace",
-    "files gpus chart",
+    "files gpus chart scaling",
     "schema topology identity",
     "batch reference",
     "zero",
@@ -56,6 +56,7 @@ TORCH_FREE = {
     "state",
     "retention",
     "step_trace",
+    "scaling",
 } | {name for name in ROW_OF if name.startswith("data.") and name != "data.loader"}
 # module -> the only modules that may import it
 OWNERS = {
