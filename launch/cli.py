@@ -241,18 +241,44 @@ def train(
 @click.option(
     "--compare", metavar="RUN_DIR", help="Predicted beside measured, of a run that has begun; without RUN.yaml."
 )
-def plan(run_file: str | None, overrides: tuple[str, ...], compare: str | None, **options: Any) -> None:
+@click.option(
+    "--scale", is_flag=True, help="The time of a step on --nodes x --gpus-per-node to 4,096 GPUs, of each ZeRO stage."
+)
+@click.option(
+    "--gbps-within-node",
+    "within",
+    type=click.FloatRange(min=0.0, min_open=True),
+    help="Gbit/s of a GPU, one way, for --scale.",
+)
+@click.option(
+    "--gbps-between-nodes",
+    "between",
+    type=click.FloatRange(min=0.0, min_open=True),
+    help="Gbit/s of a node, one way, for --scale.",
+)
+def plan(
+    run_file: str | None, overrides: tuple[str, ...], compare: str | None, scale: bool, within: float | None, between: float | None,
+    **options: Any,
+) -> None:  # fmt: skip
     """What a run will take: memory of a GPU by part, what fits, steps, time, money, disk. Needs no GPU."""
     from launch import plan as planning
     from sft_dist.config import load
 
     chosen = planning.Options(**options)
+    if scale and compare is not None:
+        raise click.UsageError("--scale looks ahead and --compare back: leave one of them out")
+    if not scale and (within, between) != (None, None):
+        raise click.UsageError("--gbps-within-node and --gbps-between-nodes are for --scale: add it, or leave them out")
     if compare is not None:
         if run_file is not None:
             raise click.UsageError("--compare reads the run's own run.yaml: leave RUN.yaml out")
         planning.compare(Path(compare), chosen, click.echo)
     elif run_file is None:
         raise click.UsageError("which RUN.yaml? Or --compare RUN_DIR, of a run that has begun")
+    elif scale:
+        from launch import scale as scaling
+
+        scaling.run(load(run_file, overrides), chosen, scaling.Links(within, between), click.echo)
     else:
         planning.run(load(run_file, overrides), chosen, click.echo)
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROWS = [
     "errors phases goodput data.records garbage glossary step_trace",
-    "files gpus chart",
+    "files gpus chart scaling",
     "schema topology identity long_rows",
     "batch reference",
     "zero",
@@ -57,6 +57,7 @@ TORCH_FREE = {
     "retention",
     "step_trace",
     "garbage",
+    "scaling",
 } | {name for name in ROW_OF if name.startswith("data.") and name != "data.loader"}
 # module -> the only modules that may import it
 OWNERS = {
