@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def measure(given: argparse.Namespace, way: dict[str, Any]) -> dict[str, Any]:
     from sft_dist.zero import zero_config
 
     is_gpu = torch.cuda.is_available()
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **({} if is_gpu else {"DS_ACCELERATOR": "cpu"})}
     device = torch.device("cuda", 0) if is_gpu else torch.device("cpu")
     comms = Comms(Topology(), device)
     train = TrainConfig(global_batch_rows=given.micro_batch * MICRO_BATCHES, max_steps=10, precision="bf16", **way)
@@ -117,6 +119,7 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         lines = done.stdout.strip().splitlines()
         found.append(json.loads(lines[-1]) if done.returncode == 0 else {"way": way, "failed": done.returncode})
+    losses = next((one["losses"] for one in found if "losses" in one), [])
     table = Table(title=f"{given.model}, bf16, {given.micro_batch} x {given.seq_len:,} tokens a micro-batch")
     for name in ("way", "s / step", "peak MiB", "s of the first step", "losses off"):
         table.add_column(name, justify="left" if name == "way" else "right")
@@ -125,7 +128,7 @@ def main() -> None:
         if "failed" in one:
             table.add_row(way, "failed", "", "", "")
             continue
-        off = max(abs(a - b) / b for a, b in zip(one["losses"], found[0]["losses"], strict=True))
+        off = max(abs(a - b) / b for a, b in zip(one["losses"], losses, strict=True))
         told = "DIFFER" if off > 2e-3 else f"{off:.0e}"
         table.add_row(
             way, f"{one['step_seconds']:.3f}", f"{one['peak_mib']:,.0f}", f"{one['first_step_seconds']:.1f}", told

@@ -334,6 +334,7 @@ def main() -> None:
     given, console = arguments(), Console(width=None if sys.stdout.isatty() else 160)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pythons = contestants(given.precision, given.peers, console)
+    pythons = {name: python for name, python in pythons.items() if not given.trainers or name in given.trainers}
     settings = {key: value for key, value in vars(given).items() if key not in ("json", "peers")}
     where = {**machine(), "gpu": torch.cuda.get_device_name() if device == "cuda" else None}
     report: dict[str, Any] = {"machine": where, "settings": settings, "shapes": {}}

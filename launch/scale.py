@@ -170,7 +170,7 @@ def _job(plan: Plan, model: Model, card: Gpu, section: Mapping[str, Any], option
     documents = (plan.mixture or plan.shards.manifest).documents_per_row
     return Job(
         model.size.parameters, persistent, model.flops(documents) / (peak * options.mfu), plan.batch.micro_batch_rows, train.precision,
-        train.gradient_checkpointing, card.memory_rate,
+        bool(train.gradient_checkpointing), card.memory_rate,
     )  # fmt: skip
 
 
