@@ -298,6 +298,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="that are timed, after two to warm up")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", choices=("text", "answers"), default=["text", "answers"])
+    parser.add_argument("--trainers", nargs="+", choices=sorted(NAMES), help="default: all")
     parser.add_argument(
         "--peers", metavar="PYTHON", default=sys.executable, help="one with accelerate, TRL and datasets"
     )
