@@ -13,7 +13,7 @@ from launch.settle import Plan
 from launch.train import lock
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
-from sft_dist.errors import CheckpointError
+from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.foreign import Foreign, find, read
 from sft_dist.layout import Fragment
 from sft_dist.retention import list_folders
@@ -37,6 +37,10 @@ def _adopt(plan: Plan, source: Path) -> str:
     if there := list_folders(folder):
         raise CheckpointError(
             f"{folder}: there is {there[-1].name} already; name another run_dir, or move that run away: nothing is replaced"
+        )
+    if plan.config.model.lora is not None:
+        raise ConfigError(
+            "import: takes checkpoints of whole models, and model.lora trains adapters; leave that section out"
         )
     path = find(source)
     foreign = read(path)

@@ -48,7 +48,9 @@ def resume(plan: Plan, checkpoints: Checkpoints, engine: Engine) -> tuple[TrainS
     ]
     lines += [f"note: {note}" for note in changed]
     state = replace(state, notes=(*state.notes, *(f"step {state.step}: {note}" for note in changed)))
-    if before["micro_batch_rows"] != now["micro_batch_rows"] and has_dropout(engine.deepspeed.module.config):
+    if before["micro_batch_rows"] != now["micro_batch_rows"] and has_dropout(
+        engine.deepspeed.module.config, plan.config.model.lora
+    ):
         lines.append("warning: with dropout on, another micro-batch draws otherwise than an uninterrupted run would")
     return state, "\n".join(lines)
 

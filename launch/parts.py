@@ -23,6 +23,7 @@ import transformers
 import yaml
 
 from sft_dist import health
+from sft_dist.adapter import base_digest, num_elements
 from sft_dist.answers import Sampling, own_prompts, prompts
 from sft_dist.attention import WINDOW, choose, largest
 from sft_dist.batch import check_shares
@@ -44,6 +45,7 @@ from sft_dist.identity import ALLOWANCES, STREAM
 from sft_dist.kernels import candidates, differentiated, draws_dropout, narrowed
 from sft_dist.labels import LabelTask
 from sft_dist.layers import tile_mlp
+from sft_dist.layout import kept
 from sft_dist.limits import EarlyStopping, Verdict
 from sft_dist.long_rows import Shared
 from sft_dist.metrics import JsonLines, Metrics, read_lines
@@ -98,8 +100,8 @@ def model(plan: Plan, *, with_weights: bool = True) -> tuple[Any, Any]:
     return built, made
 
 
-def identity(plan: Plan, made: Any) -> dict[str, Any]:
-    """What must stay the same for a run to be the same run."""
+def identity(plan: Plan, made: Any, model: Any = None) -> dict[str, Any]:
+    """What must stay the same for a run to be the same run; with the `model`, also what its adapters stand on."""
     about = {k: v for k, v in made.to_dict().items() if k not in ("transformers_version", "_name_or_path", "dtype")}
     digest = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=16)
     manifest = plan.shards.manifest
@@ -109,6 +111,10 @@ def identity(plan: Plan, made: Any) -> dict[str, Any]:
         more["order"] = plan.config.train.order.model_dump()
     if general := [one.manifest.data for folder in plan.shards_dirs if (one := open_shards(folder, "general"))]:
         more["general"] = " ".join(general)  # what the model is not to forget is compared with itself
+    if (lora := plan.config.model.lora) is not None:
+        more["lora"] = lora.model_dump()
+        if model is not None:
+            more["base"] = base_digest(model)
     early = plan.config.evaluate.early_stopping
     if early is not None and early.metric != "validation_loss":
         more["judged_by"] = early.metric  # the scores of checkpoints are compared
@@ -508,9 +514,15 @@ def watchdog(plan: Plan) -> Watchdog | None:
 
 def checkpoint_bytes(model: Any) -> int:
     """Of a checkpoint of this model, before ZeRO shards it: fp32 masters, and two moments of what is trained."""
-    return sum(4 * parameter.numel() * (3 if parameter.requires_grad else 1) for parameter in model.parameters())
+    return sum(4 * parameter.numel() * (3 if parameter.requires_grad else 1) for _, parameter in kept(model))
 
 
-def count(model: Any) -> int:
-    """Parameters of a model before ZeRO shards it."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+def describe(model: Any) -> str:
+    """A model's parameters, before ZeRO shards it.
+
+    >>> describe(torch.nn.Linear(3, 2))
+    '8 parameters'
+    """
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    whole = sum(map(num_elements, model.parameters()))
+    return f"{whole:,} parameters" + (f", of which {trained:,} are trained" if trained < whole else "")

@@ -109,7 +109,7 @@ def run_plan(plan: Plan, stop: StopRequest) -> int:
         tight = fit.refuse_what_cannot_fit(plan, fit.model_of(plan), fit.of_this_machine(plan.topology))
     held = lock(plan.run_dir) if plan.topology.is_main else None
     model, made = parts.model(plan)
-    identity = parts.identity(plan, made)
+    identity = parts.identity(plan, made, model)
     require_same(plan.config.reproduces, identity, plan.config)
     checkpoints = parts.checkpoints(plan, identity)
     if not plan.resume.is_fresh and plan.topology.is_main:
@@ -186,7 +186,7 @@ def _train(
     beat("examine the machines")
     nodes, healthy = parts.examine(plan, checkpoints.comms)
     beat("build the engine")
-    count = parts.count(model)
+    about = parts.describe(model)
     engine = parts.engine(plan, model, checkpoints.comms)
     beat("prove isolation and head")
     proven = parts.prove(plan, engine, checkpoints.comms)
@@ -200,7 +200,7 @@ def _train(
     speed = rehearse(checkpoints, engine.fragments)
     metrics, say = parts.metrics(plan, state, total, budget)
     for line in [
-        f"{plan.describe()}\nmodel: {count:,} parameters; {proven}",
+        f"{plan.describe()}\nmodel: {about}; {proven}",
         resumed_from,
         f"a checkpoint: {size / 1e6:,.1f} MB, {size / speed:,.2f} s at the {speed / 1e9:.2f} GB/s of {checkpoints.folder}",
         *healthy,

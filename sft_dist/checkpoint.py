@@ -47,12 +47,11 @@ class Saved:
     @property
     def numbers(self) -> dict[str, float]:
         """As the metrics name them."""
-        speed = self.num_bytes / max(self.write_seconds, 1e-9) / 1e9
         return {
             "checkpoint_stall_seconds": self.stall_seconds,
             "checkpoint_write_seconds": self.write_seconds,
             "checkpoint_bytes": self.num_bytes,
-            "checkpoint_gb_per_second": speed,
+            "checkpoint_gb_per_second": self.num_bytes / max(self.write_seconds, 1e-9) / 1e9,
         }
 
 

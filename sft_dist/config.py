@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from sft_dist.errors import ConfigError
 from sft_dist.reference import ELSEWHERE
-from sft_dist.schema import RunConfig
+from sft_dist.schema import LoraConfig, RunConfig
 from sft_dist.zero import zero_config, zero_stage
 
 
@@ -33,8 +33,24 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             f"{path}: train.precision: {config.train.precision!r} is not allowed at ZeRO stage 0 ({config.zero}): DeepSpeed's optimizer takes a "
             "wrong first step there. Use ds_configs/zero1.json, or train.precision=fp32"
         )
+    if config.model.lora is not None:
+        _check_lora(path, config, config.model.lora)
     _check_logging(path, config)
     return config
+
+
+def _check_lora(path: str | Path, config: RunConfig, lora: LoraConfig) -> None:
+    """Its packages are there, and ZeRO can do with what is kept in 4 bits."""
+    for package, extra, is_needed in (("peft", "lora", True), ("bitsandbytes", "qlora", lora.quantize is not None)):
+        if is_needed and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"{path}: model.lora: needs the package {package}, which is not installed; pip install 'sft-dist[{extra}]'"
+            )
+    if lora.quantize is not None and zero_stage(zero_config(config.zero)) == 3:
+        raise ConfigError(
+            f"{path}: model.lora.quantize: {lora.quantize!r} is not allowed at ZeRO stage 3 ({config.zero}): a weight in 4 bits cannot be "
+            "partitioned. Use ds_configs/zero2.json, which shares out all that is trained, or leave quantize out"
+        )
 
 
 def _check_logging(path: str | Path, config: RunConfig) -> None:
@@ -171,7 +187,7 @@ def _written(problem: Any) -> list[Any]:
 def _is_branch(part: Any) -> bool:
     """Pydantic names the branch of a union in the location; a person never wrote it."""
     names = ("str", "TrainedTokenizer", "int", "constrained-int", "BlockOrder")
-    return part in names or (isinstance(part, str) and part.startswith(("function-", "literal[")))
+    return part in names or (isinstance(part, str) and part.startswith(("function-", "literal[", "list[")))
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:

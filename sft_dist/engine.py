@@ -112,8 +112,7 @@ class Engine:
         losses, rows = torch.zeros(64, dtype=torch.float64, device=self.device), list[Any]()
         fed = torch.zeros(3, dtype=torch.int64, device=self.device)
         set_sums = torch.zeros(2, self.num_sets, dtype=torch.float64, device=self.device) if self.num_sets > 1 else None
-        batches = with_last(micro_batches)
-        for is_last, micro_batch in batches:
+        for is_last, micro_batch in with_last(micro_batches):
             if should_abandon():
                 return None
             self._seed(micro_batch.first_ordinal)
@@ -223,9 +222,8 @@ class Engine:
         torch.manual_seed(int(state >> np.uint64(1)))
 
     def _clip_unwrapped(self) -> float:
-        parameters = [p for p in self.deepspeed.module.parameters() if p.grad is not None]
-        limit = self.config.max_grad_norm or float("inf")
-        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        limit = self.config.max_grad_norm or math.inf
+        return float(torch.nn.utils.clip_grad_norm_(self.deepspeed.module.parameters(), limit))
 
 
 def _suspects(losses: torch.Tensor, rows: list[Any], *, is_loss: bool) -> tuple[int, ...]:

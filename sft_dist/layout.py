@@ -41,15 +41,14 @@ def fragments(module: torch.nn.Module, optimizer: Any, adam: torch.optim.Optimiz
     `optimizer` is DeepSpeed's (the same object as `adam` where DeepSpeed does not wrap it), `adam` the client's.
     Creates the Adam state where it does not exist yet, without a step.
     """
-    for name, parameter in module.named_parameters():
+    for name, parameter in kept(module):
         if not parameter.requires_grad:
             yield from _frozen(name, parameter, rank)
             continue
         owner, start, offset, numel = _place(parameter, optimizer, adam, rank)
         if numel == 0:
             continue
-        state = _adam_state(adam, owner)
-        whole = {"master": owner.detach(), **{key: state[key] for key in MOMENTS}}
+        whole = {"master": owner.detach(), **_moments(adam, owner)}
         length = getattr(parameter, "ds_numel", parameter.numel())
         values = {key: value.view(-1).narrow(0, start, numel) for key, value in whole.items()}
         yield Fragment(name, length, offset, values, is_replicated=optimizer is adam)
@@ -57,8 +56,14 @@ def fragments(module: torch.nn.Module, optimizer: Any, adam: torch.optim.Optimiz
 
 def whole(module: torch.nn.Module) -> Iterator[Fragment]:
     """The weights of a plain, unsharded module, as fragments to be filled with a checkpoint's masters."""
-    for name, parameter in module.named_parameters():
+    for name, parameter in kept(module):
         yield Fragment(name, parameter.numel(), 0, {"master": parameter.detach().view(-1)})
+
+
+def kept(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """What a checkpoint holds: every parameter, or with adapters those that are trained; the base is where it was."""
+    is_adapted = hasattr(module, "peft_config")
+    return ((name, p) for name, p in module.named_parameters() if p.requires_grad or not is_adapted)
 
 
 def _frozen(name: str, parameter: Any, rank: int) -> Iterator[Fragment]:
@@ -91,12 +96,12 @@ def _place(parameter: Any, optimizer: Any, adam: Any, rank: int) -> tuple[torch.
     return owner, address.start, mapping.lp_fragment_address.start, address.numel
 
 
-def _adam_state(adam: torch.optim.Optimizer, owner: torch.Tensor) -> dict[str, torch.Tensor]:
+def _moments(adam: torch.optim.Optimizer, owner: torch.Tensor) -> dict[str, torch.Tensor]:
     state = adam.state[owner]
     if not state:
         state["step"] = torch.tensor(0.0, device=owner.device)
         state.update({key: torch.zeros_like(owner, requires_grad=False) for key in MOMENTS})
-    return state
+    return {key: state[key] for key in MOMENTS}
 
 
 def adam_step(adam: torch.optim.Optimizer) -> int:

@@ -11,10 +11,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from sft_dist import adapter
 from sft_dist.errors import ModelError
 from sft_dist.kernels import ATTENTION_DROPOUTS
 from sft_dist.layers import Recompute, recompute
-from sft_dist.schema import ModelConfig
+from sft_dist.schema import LoraConfig, ModelConfig
 
 _log = logging.getLogger("sft_dist")
 
@@ -69,9 +70,9 @@ def build(
     gradient_checkpointing: Recompute,
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """The model on the CPU: pre-trained from safetensors, or random as a function of `seed` alone.
+    """The model on the CPU: pre-trained from safetensors, or random as a function of `seed` alone; with its adapters, if it has some.
 
-    Raises ModelError when the folder or id has no safetensors weights or cannot be loaded.
+    Raises ModelError when the folder or id has no safetensors weights or cannot be loaded, or has nothing to adapt.
     """
     if config.is_scratch:
         torch.manual_seed(seed)
@@ -93,6 +94,10 @@ def build(
             ),
             str(config.name_or_path),
         )
+    if config.lora is not None:
+        if config.lora.quantize is not None and not config.is_scratch:  # else it is only looked at, without weights
+            adapter.quantise(model)
+        adapter.add(model, config.lora, seed)
     recompute(model, gradient_checkpointing)
     return model
 
@@ -109,9 +114,9 @@ def without_attention_dropout(made: PretrainedConfig) -> None:
             setattr(made, name, 0.0)
 
 
-def has_dropout(made: PretrainedConfig) -> bool:
-    """Whether any dropout of the configuration is above 0."""
-    return any(getattr(made, name, 0) for name in _DROPOUTS)
+def has_dropout(made: PretrainedConfig, lora: LoraConfig | None = None) -> bool:
+    """Whether any dropout of the configuration, or of the adapters, is above 0."""
+    return any(getattr(made, name, 0) for name in _DROPOUTS) or (lora is not None and lora.dropout > 0)
 
 
 def _load(load: Callable[[], Any], what: str) -> Any:

@@ -185,6 +185,23 @@ class PrepareConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """LoRA: the model stays as it is, and small matrices beside its linear layers are trained; needs the extra `sft-dist[lora]`."""
+
+    rank: int = Field(default=16, ge=1)
+    """Width of the trained matrices: the larger, the more can be learned, and the more memory is needed."""
+    alpha: Float = Field(default=32.0, gt=0.0)
+    """What is learned is scaled by alpha / rank."""
+    dropout: Float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Dropout of what goes into the trained matrices."""
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
+        default="all-linear", examples=[["q_proj", "v_proj"]]
+    )
+    """Which layers get them: `all-linear`, which leaves the head alone, or names such as `[q_proj, v_proj]`."""
+    quantize: Literal["nf4"] | None = Field(default=None, examples=["nf4"])
+    """QLoRA: the linear layers are kept in 4 bits a weight. For ZeRO stages 0 to 2; needs the extra `sft-dist[qlora]`."""
+
+
 class ModelConfig(Section):
     """The model: pre-trained, or from scratch."""
 
@@ -198,6 +215,8 @@ class ModelConfig(Section):
     """Default: `pretrained` with `name_or_path`, `scratch` with `config`."""
     dropout: Float | None = Field(default=None, ge=0.0, lt=1.0, examples=[0.1])
     """Sets every dropout of the model; default: 0 from scratch, what its config says when pre-trained."""
+    lora: LoraConfig | None = Field(default=None, examples=[{"rank": 16, "alpha": 32}])
+    """Train adapters beside the frozen model instead of the model itself; null: every weight is trained."""
     license: str | None = Field(default=None, examples=["apache-2.0"])
     """Licence that the trained model is given away under, as `apache-2.0`: told on the model card of an export."""
 
@@ -209,6 +228,10 @@ class ModelConfig(Section):
             raise ValueError('config needs a model_type; add for example "model_type: gpt2"')
         if self.init == "pretrained" and self.name_or_path is None:
             raise ValueError("init: pretrained needs name_or_path; name a model, or say init: scratch")
+        if self.lora is not None and self.is_scratch:
+            raise ValueError(
+                "lora adapts a pre-trained model, and this one is from scratch; name one, or leave lora out"
+            )
         return self
 
     @property

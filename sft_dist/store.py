@@ -79,8 +79,7 @@ class Snapshot:
         """Write the first part of the buffer, to learn how fast that is; returns its bytes."""
         make_folder(path.parent)
         path.unlink(missing_ok=True)
-        values = _bytes_of(self.buffer)[:_SAMPLE_BYTES]
-        return write_large(path, b"\0" * _ALIGN, values)["bytes"]
+        return write_large(path, b"\0" * _ALIGN, _bytes_of(self.buffer)[:_SAMPLE_BYTES])["bytes"]
 
     def _lay_out(self, mine: list[Fragment]) -> None:
         self.runs = [Run(f.name, f.length, tuple(f.values), f.offset, f.numel) for f in mine]
@@ -101,8 +100,7 @@ class Snapshot:
         """Write the file and wait until it is on the disk; returns its part of the manifest."""
         header = _header(self.runs)
         values = _bytes_of(self.buffer) if self.buffer.numel() else memoryview(b"")
-        entry = write_large(path, header, values)
-        return {"name": path.name, "entry": entry, "begin": len(header), "runs": self.runs}
+        return {"name": path.name, "entry": write_large(path, header, values), "begin": len(header), "runs": self.runs}
 
 
 def _host_memory(count: int) -> torch.Tensor:

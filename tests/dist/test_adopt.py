@@ -113,6 +113,9 @@ def test_what_does_not_fit_is_refused(task, foreign, tmp_path):
     assert "there is step-00000007 already; name another run_dir" in refused(task, foreign[2], run_dir)
     shutil.rmtree(tmp_path / "run")
     assert "not a DeepSpeed checkpoint" in refused(task, tmp_path, run_dir)
+    adapted = ("model.config=null", "model.name_or_path=gpt2", "model.lora.rank=4")
+    told = refused(task, foreign[2], run_dir, *adapted)
+    assert "takes checkpoints of whole models, and model.lora trains adapters; leave that section out" in told
     with hold(tmp_path / "run" / ".lock"):
         assert "is in use by" in refused(task, foreign[2], run_dir)
 

@@ -8,7 +8,8 @@ import torch
 
 from sft_dist.attention import packed_logits
 from sft_dist.comms import Comms
-from sft_dist.schema import ModelConfig, TrainConfig
+from sft_dist import adapter
+from sft_dist.schema import LoraConfig, ModelConfig, TrainConfig
 from sft_dist.batch import derive_batch
 from sft_dist.zero import zero_config
 from sft_dist.engine import Engine
@@ -84,11 +85,22 @@ def micro_batches(step: int, size: int, count: int = ROWS) -> list[MicroBatch]:
     ]
 
 
-def model(*, kind: str = "gpt2", dropout: float = 0.0, gradient_checkpointing: bool = False) -> torch.nn.Module:
-    """A model of some 30,000 parameters, the same wherever it is built."""
+def model(
+    *,
+    kind: str = "gpt2",
+    dropout: float = 0.0,
+    gradient_checkpointing: bool = False,
+    lora: LoraConfig | None = None,
+) -> torch.nn.Module:
+    """A model of some 30,000 parameters, the same wherever it is built; with adapters, if wanted, of its random weights."""
     config = ModelConfig(config=MODELS[kind], dropout=dropout)
     made = model_config(config, vocab_size=VOCAB, seq_len=SEQ_LEN, eos_id=0)
-    return build(config, made, seed=0, gradient_checkpointing=gradient_checkpointing)
+    built = build(config, made, seed=0, gradient_checkpointing=gradient_checkpointing)
+    if lora is not None:
+        if lora.quantize:
+            adapter.quantise(built)
+        adapter.add(built, lora, seed=0)
+    return built
 
 
 def train_config(**more) -> TrainConfig:
@@ -107,7 +119,7 @@ def engine(topology, stage: int | str, **more) -> tuple[Engine, Comms]:
     """An engine over the tiny model on this rank."""
     torch.set_num_threads(1)
     comms = Comms(topology, torch.device("cpu"))
-    of_model = {name: more.pop(name) for name in ("kind", "dropout", "gradient_checkpointing") if name in more}
+    of_model = {name: more.pop(name) for name in ("kind", "dropout", "gradient_checkpointing", "lora") if name in more}
     frozen = more.pop("frozen", ())
     config = train_config(**more)
     zero = zero_config(f"ds_configs/zero{stage}.json")
@@ -121,7 +133,7 @@ def engine(topology, stage: int | str, **more) -> tuple[Engine, Comms]:
     if config.mlp_tile_tokens:
         tile_mlp(made, config.mlp_tile_tokens)
     for name, parameter in made.named_parameters():
-        parameter.requires_grad_(name not in frozen)
+        parameter.requires_grad_(parameter.requires_grad and name not in frozen)
     shared = Shared(topology.rank % sharers, sharers, comms.sharers(sharers)) if sharers > 1 else None
     built = Engine(made, zero, config, batch, topology, comms.device, shared=shared)
     if shared:

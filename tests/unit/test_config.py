@@ -640,3 +640,49 @@ def test_a_password_in_the_run_file_is_refused_and_not_repeated(tmp_path):
         load(written(tmp_path), ["logging.mlflow={experiment: x, tracking_uri: 'https://me:hush@host'}"])
     assert "logging.mlflow.tracking_uri: holds a password, which the run would write down" in str(error.value)
     assert "hush" not in str(error.value)
+
+
+def test_a_small_section_adapts_the_model(tmp_path):
+    lora = load(written(tmp_path, model__lora={})).model.lora
+    assert (lora.rank, lora.alpha, lora.dropout, lora.target_modules, lora.quantize) == (16, 32, 0, "all-linear", None)
+    named = load(
+        written(tmp_path), ["model.lora.target_modules=[q_proj, v_proj]", "model.lora.quantize=nf4"]
+    ).model.lora
+    assert (named.target_modules, named.quantize) == (["q_proj", "v_proj"], "nf4")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.lora.rnak=8"], "model.lora.rnak: unknown key (value 8); did you mean model.lora.rank?"),
+        (
+            ["model.lora.target_modules=all-liner"],
+            "'all-liner' is not allowed: input should be 'all-linear'; did you mean",
+        ),
+        (["model.lora.target_modules=[]"], "model.lora.target_modules: [] is not allowed"),
+        (
+            ["model.lora.quantize=nf8"],
+            "model.lora.quantize: 'nf8' is not allowed: input should be 'nf4'; did you mean nf4?",
+        ),
+        (["model.lora=true"], "model.lora: True is not allowed: it is a section with keys of its own"),
+        (
+            ["model.lora.rank=8", "model.init=scratch"],
+            "model: lora adapts a pre-trained model, and this one is from scratch",
+        ),
+        (
+            ["model.lora.quantize=nf4", "zero=ds_configs/zero3.json"],
+            "model.lora.quantize: 'nf4' is not allowed at ZeRO stage 3 (ds_configs/zero3.json): a weight in 4 bits cannot be",
+        ),
+    ],
+)
+def test_adapters_that_cannot_be_are_told(tmp_path, overrides, message):
+    assert message in refusal(written(tmp_path), *overrides)
+
+
+@pytest.mark.parametrize(("package", "extra"), [("peft", "lora"), ("bitsandbytes", "qlora")])
+def test_adapters_without_their_package_are_refused(tmp_path, monkeypatch, package, extra):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+    told = refusal(written(tmp_path, model__lora={"quantize": "nf4"}))
+    assert f"needs the package {package}, which is not installed; pip install 'sft-dist[{extra}]'" in told
+    assert load(written(tmp_path)).model.lora is None
