@@ -59,7 +59,7 @@ def run(config: RunConfig, options: Options, say: Say) -> None:
     topology = Topology(world_size=options.world_size, local_world_size=options.gpus_per_node)
     plan = Plan.of(config, topology, Life("plan"), card=card, is_elsewhere=True)
     model = model_of(plan)
-    say(f"model: {model.size.parameters:,} parameters, the largest tensor {model.size.largest:,}")
+    say(f"model: {parts.describe(model.meta)}, the largest tensor {model.size.largest:,}")
     say(plan.describe())
     manifest = plan.shards.manifest
     targets = manifest.targets / manifest.rows * plan.batch.global_batch_rows

@@ -231,7 +231,7 @@ def describe_model(config: RunConfig, options: Options) -> Iterator[str]:
     checkpoints = parts.checkpoints(plan, parts.identity(plan, model.made))
     size = parts.checkpoint_bytes(model.meta)
     room = preflight.require_room(checkpoints.folder, checkpoints.retention, size)
-    yield f"model: {model.size.parameters:,} parameters, {size / 1e9:,.2f} GB a checkpoint"
+    yield f"model: {parts.describe(model.meta)}, {size / 1e9:,.2f} GB a checkpoint"
     if room:
         yield room
     if model.has_experts:

@@ -9,11 +9,16 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from sft_dist.adapter import num_elements
+
 
 def matmul_parameters(model: torch.nn.Module) -> int:
-    """Parameters that each token is multiplied with: all matrices but the embeddings, and the head though it may be one of those."""
-    head = cast(PreTrainedModel, model).get_output_embeddings().weight
-    return head.numel() + sum(parameter.numel() for parameter in _inner(model, head))
+    """Parameters that each token is multiplied with: all matrices but the embeddings, and the head though it may be one of those.
+
+    Of what is frozen two thirds: it has no gradient of its own.
+    """
+    cost = Cost(model, cast(PreTrainedModel, model).config)
+    return round((cost.of_token + cost.of_target) / 6)
 
 
 def _inner(model: torch.nn.Module, head: torch.Tensor) -> Iterator[torch.nn.Parameter]:
@@ -78,7 +83,7 @@ class Cost:
 
     def __init__(self, model: torch.nn.Module, made: PretrainedConfig) -> None:
         head = cast(PreTrainedModel, model).get_output_embeddings().weight
-        self.of_token = sum(p.numel() * (6.0 if p.requires_grad else 4.0) for p in _inner(model, head))
+        self.of_token = sum(num_elements(p) * (6.0 if p.requires_grad else 4.0) for p in _inner(model, head))
         self.of_target = head.numel() * (6.0 if head.requires_grad else 4.0)
         self.of_pair = 12.0 * _width(made)
         self.windows = windows(made)

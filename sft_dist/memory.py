@@ -11,19 +11,22 @@ import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
+from sft_dist.adapter import frozen_matrices
 from sft_dist.head import Head, num_places, part_places, scores_at
 from sft_dist.layers import Recompute, layers_of, recompute, tile_mlp
 from sft_dist.model import build
-from sft_dist.schema import ModelConfig
+from sft_dist.schema import LoraConfig, ModelConfig
 
+NF4_BYTES = 1 / 2 + 4 / 64  # of a weight: 4 bits, and of 64 a scale in fp32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -158,9 +161,11 @@ def trace(
     mlp_tile: int | None = None,
 ) -> Traced:
     """The activations of a micro-batch of `rows` rows of `seq_len` tokens, every token a target, as they are on a GPU."""
-    with FakeTensorMode(), Live(made.vocab_size) as live:
-        scratch = config.model_copy(update={"init": "scratch"})
+    scratch = config.model_copy(update={"init": "scratch"})
+    with torch.device("meta"):
         model = build(scratch, made, seed=0, gradient_checkpointing=False, dtype=DTYPES[precision]).train()
+    with FakeTensorMode(), Live(made.vocab_size) as live:
+        give_storage(model, DTYPES[precision])
         recompute(model, checkpointing, live.aside)
         if mlp_tile is not None:
             tile_mlp(model, mlp_tile)
@@ -180,10 +185,26 @@ def trace(
             gradients.append(Gradient(parameter.numel(), peak, after, layer))
             live.restart()
 
-        for parameter in model.parameters():
+        for parameter in filter(attrgetter("requires_grad"), model.parameters()):
             parameter.register_post_accumulate_grad_hook(take)
         scores_at(model, tokens, positions, places, places).loss.backward()
     return Traced(gradients[0].peak, tuple(gradients), live.host)
+
+
+def give_storage(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Make the parameters, in `dtype`, and buffers of a model that was built on "meta", with the tensors of the mode that it is called in.
+
+    It is not built there at once: peft moves its adapters, which fake tensors do not bear.
+    """
+    made: dict[int, torch.Tensor] = {}  # tied ones stay tied
+    for module in model.modules():
+        for name, one in module._parameters.items():
+            if one is not None:
+                like = torch.nn.Parameter(torch.empty(one.shape, dtype=dtype), requires_grad=one.requires_grad)
+                module._parameters[name] = made.setdefault(id(one), like)  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = made.setdefault(id(buffer), torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,16 +227,35 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Numbers of parameters: of the model, and of its largest tensor."""
+    """Numbers of parameters: all that are trained, and their largest tensor; beside adapters also those that are frozen.
 
-    parameters: int
+    `packed`: how many of the frozen ones are kept in nf4, and `unpacked`, the largest tensor of these.
+    """
+
+    trained: int
     largest: int
+    frozen: int = 0
+    packed: int = 0
+    unpacked: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return self.trained + self.frozen
 
     @classmethod
-    def of(cls, model: torch.nn.Module) -> Size:
-        """Of a model that ZeRO has not sharded."""
-        counts = [parameter.numel() for parameter in model.parameters()]
-        return cls(sum(counts), max(counts))
+    def of(cls, model: PreTrainedModel, lora: LoraConfig | None = None) -> Size:
+        """Of a model that ZeRO has not sharded, as it is before anything is put into nf4."""
+        trained, frozen = (
+            [p.numel() for p in model.parameters() if p.requires_grad is is_trained] for is_trained in (True, False)
+        )
+        is_packed = lora is not None and lora.quantize is not None
+        packed = [weight.numel() for weight in frozen_matrices(model)] if is_packed else []
+        return cls(sum(trained), max(trained), sum(frozen), sum(packed), max(packed, default=0))
+
+    def frozen_bytes(self, of_weight: int) -> float:
+        """What the frozen ones take, at so many bytes a weight where it is not in nf4."""
+        return of_weight * (self.frozen - self.packed) + NF4_BYTES * self.packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,31 +278,38 @@ class _Kept:
 
 
 def _kept(size: Size, section: Mapping[str, Any], world_size: int, precision: str) -> _Kept:
-    all_, own, c = size.parameters, size.parameters / world_size, 4 if precision == "fp32" else 2
+    all_, own, c = size.trained, size.trained / world_size, 4 if precision == "fp32" else 2
+    frozen, unpacked = size.frozen_bytes(c), (4 + c) * size.unpacked  # in fp32 first, as a backward pass wants it
     bucket, stage = _bucket(section), section.get("stage", 0)
     buffers = 2 if section.get("overlap_comm") else 1  # one is reduced while the other is filled
     reduce = 4 + c if c == 2 else 4  # an element: flattened, and in fp32 whatever the gradients are in
     if stage == 0:
-        return _Kept(4 * all_, 4 * all_, 8 * all_)
+        return _Kept(4 * all_ + frozen, 4 * all_, 8 * all_, gathered=unpacked)
     if (
         stage == 1 and precision == "bf16"
     ):  # BF16_Optimizer: the gradients of all in fp32, and the model's own beside them
-        return _Kept(2 * all_, (4 + 2) * all_, 12 * own, in_step=4 * min(all_, bucket))
+        in_step = 4 * min(all_, bucket)
+        return _Kept(2 * all_ + frozen, (4 + 2) * all_, 12 * own, gathered=unpacked, in_step=in_step)
     if stage == 1:
-        return _Kept(c * all_, 4 * all_, 12 * own, always=4 * bucket * buffers, to_reduce=reduce)
+        always = 4 * bucket * buffers
+        return _Kept(c * all_ + frozen, 4 * all_, 12 * own, always=always, gathered=unpacked, to_reduce=reduce)
     if stage == 2:
         gradients = 4 * own if c == 2 else 4 * max(own, size.largest)
-        kept = _Kept(c * all_, gradients, 12 * own, bucket=c * bucket * buffers, to_reduce=reduce)
+        weights, full = c * all_ + frozen, c * bucket * buffers
+        kept = _Kept(weights, gradients, 12 * own, gathered=unpacked, bucket=full, to_reduce=reduce)
     else:
-        live = min(all_, section.get("stage3_max_live_parameters", 1_000_000_000))
+        live = min(size.parameters, section.get("stage3_max_live_parameters", 1_000_000_000))
         group = min(own, section.get("sub_group_size", 1_000_000_000))
-        kept = _Kept(c * own, 4 * own, 12 * own, always=4 * bucket * buffers, gathered=c * live, in_step=4 * group)
+        weights = c * own + frozen / world_size
+        kept = _Kept(weights, 4 * own, 12 * own, always=4 * bucket * buffers, gathered=c * live, in_step=4 * group)
     if "offload_optimizer" in section:
         host = kept.optimizer + 2 * 4 * own + c * own  # a second copy of the gradients, and pinned weights
         kept = replace(kept, gradients=0.0, optimizer=0.0, in_step=0.0, host=host)
         if stage == 2:
             kept = replace(kept, always=c * size.largest, host=host + c * size.largest)
-    return replace(kept, weights=0.0) if "offload_param" in section else kept
+    if "offload_param" in section:
+        kept = replace(kept, weights=0.0, host=kept.host + frozen / world_size)
+    return kept
 
 
 def _bucket(section: Mapping[str, Any]) -> int:

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sft_dist.depth import traced
 from sft_dist.errors import ConfigError, ModelError
@@ -48,7 +47,7 @@ class Model:
 
     config: ModelConfig
     made: PretrainedConfig
-    meta: torch.nn.Module
+    meta: PreTrainedModel
     seq_len: int
     precision: str
     sharers: int = 1
@@ -56,7 +55,7 @@ class Model:
     _traced: dict[tuple[int, Recompute], Traced] = field(default_factory=dict)  # by rows and recomputation
 
     def __post_init__(self) -> None:
-        self.size = Size.of(self.meta)
+        self.size = Size.of(self.meta, self.config.lora)
 
     @property
     def has_experts(self) -> bool:
@@ -148,8 +147,8 @@ def choices(
     for name, zero in zeros.items():
         section = zero.get("zero_optimization", {})
         stage, is_offloaded = section.get("stage", 0), "offload_optimizer" in section or "offload_param" in section
-        if model.precision != "fp32" and stage == 0:
-            continue  # refused: DeepSpeed's optimizer takes a wrong first step there
+        if (model.precision != "fp32" and stage == 0) or (model.size.packed and stage == 3):
+            continue  # refused: DeepSpeed's optimizer takes a wrong first step there; and it cannot partition nf4
         for checkpointing in dict.fromkeys((*_WAYS, own)):
             common: dict[str, Any] = {"world_size": world_size, "checkpointing": checkpointing}
             largest = model.largest(zero, gpu, rows_per_rank=rows_per_rank, **common) if gpu is not None else None

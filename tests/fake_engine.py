@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sft_dist import head
 from sft_dist.batch import derive_batch
 from sft_dist.engine import Engine
-from sft_dist.memory import DTYPES, Parts
+from sft_dist.memory import DTYPES, Parts, give_storage
 from sft_dist.model import build, model_config
 from sft_dist.plan import Model
-from sft_dist.schema import ModelConfig, TrainConfig
+from sft_dist.schema import LoraConfig, ModelConfig, TrainConfig
 from sft_dist.topology import Topology
 from sft_dist.zero import zero_config
 
@@ -64,11 +65,13 @@ class Case:
     world_size: int
     rows: int
     checkpointing: bool
+    lora: dict[str, Any] | None = None
 
     @property
     def config(self) -> ModelConfig:
-        """As a run file has it."""
-        return ModelConfig(config=self.model)
+        """As a run file has it; adapters may stand on random weights here."""
+        adapted = LoraConfig(**self.lora) if self.lora is not None else None
+        return ModelConfig(config=self.model).model_copy(update={"lora": adapted})
 
     @property
     def train(self) -> TrainConfig:
@@ -105,11 +108,16 @@ def measure(case: Case) -> dict[str, int]:
     dist.init_process_group("fake", rank=0, world_size=case.world_size, store=FakeStore())
     _let_ranks_agree()
     head._PART_BYTES["cpu"] = head._PART_BYTES["cuda"]
-    tracker, made = MemTracker(), case.made()
-    with FakeTensorMode(), Values(), tracker:
-        dtype = DTYPES[case.precision]
+    tracker, made, dtype = MemTracker(), case.made(), DTYPES[case.precision]
+    with torch.device("meta"):
         built = build(case.config, made, seed=0, gradient_checkpointing=case.checkpointing, dtype=dtype)
+    with FakeTensorMode(), Values(), tracker:
+        give_storage(built, dtype)
         torch.nn.Module._apply = lambda self, fn, recurse=True: self  # it is where it is to be, and as it is to be
+        for parameter in built.parameters():
+            if not parameter.requires_grad:  # the tracker would hang hooks on it, which torch refuses
+                hooks = SimpleNamespace(remove=lambda: None)
+                tracker._param_to_grad_hook_handles[parameter] = (hooks, hooks)
         engine = case.engine(built, Topology(world_size=case.world_size), torch.device("cpu"))
 
         def each_anew() -> bool:

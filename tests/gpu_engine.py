@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
+from sft_dist import adapter
 from sft_dist.comms import Comms
 from sft_dist.model import build
 from sft_dist.topology import Topology
@@ -21,7 +22,12 @@ def measure(case: Case) -> dict[str, int]:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     device, topology = torch.device("cuda", 0), Topology()
     comms = Comms(topology, device)
-    built = build(case.config, case.made(), seed=0, gradient_checkpointing=case.checkpointing)
+    alone = case.config.model_copy(update={"lora": None})
+    built = build(alone, case.made(), seed=0, gradient_checkpointing=case.checkpointing)
+    if (lora := case.config.lora) is not None:
+        if lora.quantize is not None:
+            adapter.quantise(built)
+        adapter.add(built, lora, seed=0)
     engine = case.engine(built, topology, device)
     rows, seq_len = case.rows, case.seq_len
     targets = torch.ones(rows, seq_len, dtype=torch.bool)
@@ -30,7 +36,10 @@ def measure(case: Case) -> dict[str, int]:
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         tokens = torch.randint(case.vocab_size, (rows, seq_len))
-        batch = SimpleNamespace(tokens=tokens, targets=targets, positions=positions, rows=range(rows), first_ordinal=0)
+        batch = SimpleNamespace(
+            tokens=tokens, targets=targets, positions=positions, rows=range(rows), first_ordinal=0,
+            num_targets=rows * (seq_len - 1), num_documents=2 * rows,
+        )  # fmt: skip
         engine.learn([batch, batch], denominator=2 * rows * seq_len, learning_rate=1e-5)
     peak = torch.cuda.max_memory_allocated()
     comms.close()

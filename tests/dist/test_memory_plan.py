@@ -31,6 +31,7 @@ CASES = [
     (LLAMA, "2_offload", "bf16", 2, True),
     (GPT2, "3_offload", "bf16", 2, False),
 ]
+ADAPTERS = [("1", "bf16", 4, True), ("2", "bf16", 8, False), ("3", "bf16", 8, True)]
 
 
 def counted(topology, case):
@@ -46,6 +47,16 @@ def test_within_a_tenth_of_what_torch_counts(model, stage, precision, world_size
     [seen], foretold = run_workers(counted, 1, case), Case(**case).foretold()
     assert foretold.total == pytest.approx(seen["peak"] - seen["host"], rel=0.1)
     assert foretold.host == pytest.approx(seen["host"], rel=0.1)
+
+
+@pytest.mark.parametrize(("stage", "precision", "world_size", "checkpointing"), ADAPTERS)
+def test_the_same_of_adapters_beside_a_frozen_model(stage, precision, world_size, checkpointing):
+    case = {
+        "model": LLAMA, "stage": stage, "world_size": world_size, "rows": 3, "checkpointing": checkpointing,
+        "vocab_size": 50_000, "seq_len": 256, "precision": precision, "lora": {"rank": 64},
+    }  # fmt: skip
+    [seen], foretold = run_workers(counted, 1, case), Case(**case).foretold()
+    assert foretold.total == pytest.approx(seen["peak"] - seen["host"], rel=0.1)
 
 
 def dry(topology, stage, precision, is_dry):

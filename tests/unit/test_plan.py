@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from transformers import GPT2Config
 
 from launch import fit, plan
 from launch.settle import Plan, Resume
@@ -183,6 +184,32 @@ def test_matrices_are_counted_without_embeddings_and_with_the_head():
         with torch.device("meta"):
             model = build(config, made, seed=0, gradient_checkpointing=False)
         assert matmul_parameters(model) == 4 * 64 * 64 + 3 * 64 * 96 + 1000 * 64
+
+
+# ---- adapters ----
+
+
+def test_adapters_are_planned_beside_what_is_frozen(run, tmp_path):
+    """Nothing but the configuration of the model is there; what is foretold of its parts is in tests/dist/test_memory_plan.py."""
+    GPT2Config(**{**LARGE, "vocab_size": 50_257}).save_pretrained(tmp_path / "large")
+    named = ("model.config=null", f"model.name_or_path={tmp_path / 'large'}", "train.precision=bf16")
+    learned = 16 * 12 * (768 + 3 * 768 + 768 + 768 + 768 + 4 * 768 + 4 * 768 + 768)
+    text = told(run, *named, "model.lora.rank=16", "--gpus-per-node", "2")
+    assert f"of which {learned:,} are trained, the largest tensor {16 * 4 * 768:,}" in text
+    assert f"disk: {12 * learned / 1e9:,.2f} GB a checkpoint" in text
+    totals = []
+    for more in ("train.max_steps=9", "model.lora.rank=16", "model.lora={rank: 16, quantize: nf4}"):
+        made = planned(run, *named, more)
+        totals.append(fit.needed(made, fit.model_of(made)))
+    whole, lora, packed = totals
+    assert {"ds_configs/zero2.json"} <= {one.zero for one in fit.all_choices(made, fit.model_of(made), None)}
+    assert not any(one.stage == 3 for one in fit.all_choices(made, fit.model_of(made), None)), "which would be refused"
+    assert whole.optimizer > 50 * lora.optimizer == 50 * packed.optimizer
+    assert lora.weights - packed.weights == pytest.approx(85e6 * (2 - 0.5625), rel=0.01)
+    flops = [
+        fit.model_of(planned(run, *named, more)).flops(1.0) for more in ("train.max_steps=9", "model.lora.rank=16")
+    ]
+    assert 0.6 < flops[1] / flops[0] < 0.8
 
 
 # ---- refusing and choosing ----
