@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from launch.settle import order_of, rows_of
+from sft_dist import adapter
 from sft_dist import verify as proof
 from sft_dist.config import read
 from sft_dist.data.mixture import BLOCK
 from sft_dist.errors import CheckpointError
-from sft_dist.export import ABOUT
+from sft_dist.export import ABOUT, merged_weights
 from sft_dist.manifest import masters, read_manifest, read_state, verify
 from sft_dist.retention import list_folders
 from sft_dist.state import TrainState
+
+transformers.logging.disable_progress_bar()
 
 
 def verify_run(run_dir: Path) -> proof.Certificate:
@@ -47,9 +51,13 @@ def verify_run(run_dir: Path) -> proof.Certificate:
     ]
     out = run_dir / "export"
     if (out / ABOUT).is_file():
-        about = json.loads((out / ABOUT).read_text())
-        dtype = getattr(torch, json.loads((out / "config.json").read_text())["dtype"])
-        checks.append(proof.export(out, about["step"], dtype, folder))
+        step = json.loads((out / ABOUT).read_text())["step"]
+        if (out / adapter.FILE).is_file():
+            checks.append(proof.export(out, step, None, folder, _as_saved))
+        else:
+            dtype = getattr(torch, json.loads((out / "config.json").read_text())["dtype"])
+            merged = (merged_weights, ", merged into their base") if config.model.lora else ()
+            checks.append(proof.export(out, step, dtype, folder, *merged))
     if config.reproduces is not None:
         checks += proof.reproduced(config.reproduces, folder)
     checks += [proof.Check("by hand", True, note) for note in state.notes]
@@ -57,6 +65,10 @@ def verify_run(run_dir: Path) -> proof.Certificate:
     told = ", ".join(f"{verdicts.count(reason)} {reason}" for reason in sorted(set(verdicts)))
     checks.append(proof.Check("lives", True, f"{told or 'no verdict'} (one that was killed leaves none)"))
     return proof.Certificate(f"{run_dir} at step {state.step}", tuple(checks))
+
+
+def _as_saved(path: Path) -> dict[str, torch.Tensor]:
+    return {adapter.saved_name(name): values for name, values in proof.masters_of(path).items()}
 
 
 def list_checkpoints(run_dir: Path, *, is_read: bool) -> tuple[str, bool]:

@@ -65,6 +65,7 @@ class TaskOption(click.ParamType):
     help="The model: tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-1b, llama-8b, llama-8b-one-gpu, llama-8b-long, llama-70b.",
 )
 @click.option("--model", metavar="ID", help="Any other model: its id on the hub, or its folder.")
+@click.option("--lora", is_flag=True, help="Train adapters beside the model; default: all of its weights.")
 @click.option("--validation", metavar="PATH", help="Records to be held out; default: a share of the data.")
 @click.option("--run-dir", metavar="FOLDER", help="Default: runs/ and the name of the data.")
 @click.option("--format", help="Of data whose suffix does not say it: jsonl, csv, megatron and so on.")
@@ -486,6 +487,12 @@ def evaluate(
     "--push-to", metavar="ORG/NAME", help="Push it to the Hugging Face hub, with the login of `hf auth login`."
 )
 @click.option("--private", "is_private", is_flag=True, help="Of --push-to: make a private repository.")
+@click.option(
+    "--adapter",
+    "is_adapter",
+    is_flag=True,
+    help="Of model.lora: the adapters alone, for peft; default: merged into the model.",
+)
 def export(run_dir: str, out: str, dtype: str | None, license_: str | None, **options: Any) -> None:
     """Checkpoint → a Hugging Face folder with model card and reproduce.yaml, reloaded and compared before it says done."""
     from launch.hand_over import export_run

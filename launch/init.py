@@ -85,6 +85,21 @@ def with_model(text: str, model: str) -> str:
     return "\n".join(auto if line.startswith("  micro_batch_rows:") else line for line in lines) + "\n"
 
 
+def with_lora(text: str) -> str:
+    """The same with adapters beside the model, which learn at a higher rate than all of it would.
+
+    Raises ConfigError for a model from scratch.
+    """
+    model = yaml.safe_load(text)["model"]
+    if "name_or_path" not in model:
+        raise ConfigError(
+            "--lora adapts a pre-trained model, and this one is from scratch; name one by --model or --preset"
+        )
+    made = f"model: {written(model | {'lora': {'rank': 16, 'alpha': 32}})}   # adapters; of all weights: leave lora out"
+    lines = [made if line.startswith("model:") else line for line in text.splitlines()]
+    return re.sub(r"(?m)^(  learning_rate:) *\S+", r"\1 2.0e-4", "\n".join(lines)) + "\n"
+
+
 # ---- the data ----
 
 
@@ -219,6 +234,7 @@ class Wish:
     run_dir: str
     model: str | None = None
     validation: str | None = None
+    lora: bool = False
 
 
 def run_file(wish: Wish) -> str:
@@ -231,6 +247,7 @@ def run_file(wish: Wish) -> str:
     if wish.model is not None:
         rest, about, tokenizer = with_model(text, wish.model), "", None
         seq_len = min(seq_len, _context(wish.model) or seq_len)
+    rest = with_lora(rest) if wish.lora else rest
     template = prepare["template"] if prepare["template"] != "plain" else _TEMPLATES.get(found.task, "plain")
     head = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined).from_string(
         Path(__file__).with_name("run.yaml.jinja").read_text()
@@ -318,6 +335,7 @@ class Options:
     run_dir: str | None = None
     format: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    lora: bool = False
 
 
 def wished(options: Options, *, asks: bool) -> Wish:
@@ -346,7 +364,7 @@ def wished(options: Options, *, asks: bool) -> Wish:
     if run_dir is None:
         run_dir = f"runs/{_stem(found.source['path'])}"
         run_dir = click.prompt("Folder of the run", default=run_dir) if asks else run_dir
-    return Wish(found, chosen or ("gpt2" if model else _usual()), run_dir, model, validation)
+    return Wish(found, chosen or ("gpt2" if model else _usual()), run_dir, model, validation, options.lora)
 
 
 def _asked_data(options: Options) -> Look:

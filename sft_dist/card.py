@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from sft_dist import __version__
+from sft_dist.adapter import num_elements
 from sft_dist.answers import Way
 from sft_dist.data.shards import Shards
 from sft_dist.data.sources import HUB
@@ -20,7 +21,7 @@ from sft_dist.errors import DataError
 from sft_dist.manifest import read_manifest
 from sft_dist.metrics import numbers, read_lines
 from sft_dist.reproduce import commands, environment_of
-from sft_dist.schema import RunConfig
+from sft_dist.schema import LoraConfig, RunConfig
 from sft_dist.state import TrainState
 from sft_dist.topology import processes
 from sft_dist.usage import USAGE, gpu_seconds, read_usage
@@ -72,12 +73,15 @@ def model_card(
     where: str,
     caveats: list[str],
 ) -> str:
-    """The text of the card; `where`: what the model is called by who loads it, a folder or ORG/NAME of the hub."""
+    """The text of the card; `where`: what the model is called by who loads it, a folder or ORG/NAME of the hub.
+
+    A `model` that has adapters beside it is told as adapters alone.
+    """
     name = where.rpartition("/")[2] if "/" in where and _ON_HUB.fullmatch(where) else run_dir.resolve().name
     manifest, environment = read_manifest(checkpoint), environment_of(checkpoint)
-    sets, metrics = list(_sets(config)), _measured(run_dir, state.step)
+    sets, metrics, is_adapter = list(_sets(config)), _measured(run_dir, state.step), hasattr(model, "peft_config")
     card = ModelCard.from_template(
-        _metadata(name, config, metrics),
+        _metadata(name, config, metrics, is_adapter),
         template_str=(Path(__file__).parent / "card.md.jinja").read_text(),
         name=name,
         version=__version__,
@@ -85,6 +89,7 @@ def model_card(
         step=f"{state.step:,}",
         dtype=str(model.dtype).removeprefix("torch."),
         context=getattr(model.config, "max_position_embeddings", None),
+        base=config.model.name_or_path if is_adapter else None,
         origin=_origin(config, model),
         way=way,
         training=_training(run_dir, config, state, manifest, environment),
@@ -92,14 +97,15 @@ def model_card(
         metrics=metrics,
         license=config.model.license,
         commands=commands(run_dir, config, manifest["world_size"]),
-        digests=manifest["identity"] | {"rows that were fed": state.ledger.text},
+        digests={key: value for key, value in manifest["identity"].items() if key != "lora"}
+        | {"rows that were fed": state.ledger.text},
         environment=environment,
         caveats=caveats,
     )
     return str(card)
 
 
-def _metadata(name: str, config: RunConfig, metrics: Mapping[str, float]) -> ModelCardData:
+def _metadata(name: str, config: RunConfig, metrics: Mapping[str, float], is_adapter: bool) -> ModelCardData:
     """What the hub reads: only what is known, in the identifiers that it knows."""
     given = config.prepare.sources if config.prepare else []
     datasets = [source.path.removeprefix(HUB) for source in given if source.path.startswith(HUB)]
@@ -117,9 +123,9 @@ def _metadata(name: str, config: RunConfig, metrics: Mapping[str, float]) -> Mod
     ]
     return ModelCardData(
         language=config.prepare.curate.languages if config.prepare else None,
-        library_name="transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["sft", "sft-dist"],
+        tags=["sft", "sft-dist", *(["lora"] if config.model.lora is not None else [])],
         datasets=datasets or None,
         metrics=[result.metric_type for result in results] or None,
         model_name=name if results else None,
@@ -143,11 +149,26 @@ def _measured(run_dir: Path, step: int) -> dict[str, float]:
 
 
 def _origin(config: RunConfig, model: Any) -> str:
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = sum(num_elements(parameter) for parameter in model.parameters())
     kind = f"{count:,} parameters (`{type(model).__name__}`)"
     if config.model.is_scratch:
         return f"A language model of {kind}, trained from scratch."
-    return f"`{config.model.name_or_path}`, a language model of {kind}, fine-tuned."
+    if hasattr(model, "peft_config"):
+        learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        return f"Adapters of {learned:,} parameters for `{config.model.name_or_path}`, with them {kind}."
+    how = "fine-tuned" if config.model.lora is None else "fine-tuned by adapters, which are merged into it"
+    return f"`{config.model.name_or_path}`, a language model of {kind}, {how}."
+
+
+def _adapters(lora: LoraConfig) -> str:
+    """What was trained beside the frozen model.
+
+    >>> _adapters(LoraConfig(rank=8, alpha=16, target_modules=["q_proj", "v_proj"], quantize="nf4"))
+    'LoRA of rank 8, alpha 16, dropout 0, beside q_proj, v_proj, which were kept in nf4'
+    """
+    beside = "all linear layers" if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    kept = f", which were kept in {lora.quantize}" if lora.quantize is not None else ""
+    return f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, beside {beside}{kept}"
 
 
 def _training(
@@ -164,6 +185,7 @@ def _training(
         "tokens": f"{state.tokens:,}, of which {state.target_tokens:,} targets (only they carry loss)",
         "learning rate": f"{train.learning_rate:g}, {train.schedule}, the first {100 * train.warmup_ratio:g} % warm-up",
         "optimizer": f"AdamW (β {train.beta1:g}, {train.beta2:g}, ε {train.epsilon:g}, weight decay {train.weight_decay:g}){clipped}",
+        **({"trained": _adapters(config.model.lora)} if config.model.lora is not None else {}),
         "precision": f"{train.precision}, gradients accumulated in fp32",
         "distribution": f"DeepSpeed ZeRO stage {manifest['zero_stage']}, {processes(manifest['world_size'])}",
         "hardware": environment.get("device", "not recorded"),

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from sft_dist.data.mixture import Joined
 from sft_dist.data.shards import RowBatch, Shards
-from sft_dist.errors import CheckpointError, DataError
+from sft_dist.errors import CheckpointError, DataError, ModelError
 from sft_dist.layout import Fragment
 from sft_dist.ledger import Ledger, keys, recomputed
 from sft_dist.manifest import read_manifest, read_state, verify
@@ -26,6 +26,7 @@ from sft_dist.state import TrainState
 from sft_dist.store import Reader, opened
 
 Order = Callable[[np.ndarray], np.ndarray]
+Expected = Callable[[Path], dict[str, torch.Tensor]]  # folder of a checkpoint -> flat fp32 weights by name
 _ORDINALS, _ROWS = 1 << 20, 1 << 10  # in one go
 
 
@@ -154,29 +155,39 @@ def _counted(shards: Shards | Joined, counts: np.ndarray) -> Iterator[tuple[RowB
         begin += one.num_rows
 
 
-def export(out: Path, step: int, dtype: torch.dtype, folder: Path) -> Check:
-    """Whether the weights of an export are the fp32 masters of the checkpoint of its step, rounded to its dtype."""
+def export(
+    out: Path, step: int, dtype: torch.dtype | None, folder: Path, expected: Expected | None = None, more: str = ""
+) -> Check:
+    """Whether the weights of an export are the fp32 masters of the checkpoint of its step, rounded to its dtype, or to their own.
+
+    `expected`: what to make of a checkpoint, where that is something else, and `more`, how that is said.
+    """
     path = folder / f"step-{step:08d}"
     if not path.is_dir():
         return Check("export", None, f"{out}: is of step {step}, whose checkpoint is no longer kept")
-    seen, different = set(), []
+    seen, different, found = set(), [], dtype
     try:
-        masters = _masters(path)
+        masters = (expected or masters_of)(path)
         for name, values in _weights(out):
             seen.add(name)
-            if name not in masters or not torch.equal(values.view(-1), masters[name].to(dtype)):
+            found = dtype or values.dtype
+            if name not in masters or not torch.equal(values.view(-1), masters[name].to(found)):
                 different.append(name)
     except CheckpointError as error:
         return Check("export", False, str(error))
+    except ModelError as error:
+        return Check("export", None, str(error))
     different += sorted(masters.keys() - seen)
     if different:
         return Check(
             "export", False, f"{out}: {len(different)} weights are not the masters of step {step}: {different[:3]}"
         )
-    return Check("export", True, f"{out}: {len(seen)} weights are the fp32 masters of step {step}, in {str(dtype)[6:]}")
+    return Check(
+        "export", True, f"{out}: {len(seen)} weights are the fp32 masters of step {step}{more}, in {str(found)[6:]}"
+    )
 
 
-def _masters(path: Path) -> dict[str, torch.Tensor]:
+def masters_of(path: Path) -> dict[str, torch.Tensor]:
     """The fp32 weights of a checkpoint, each flat, by name. Raises CheckpointError."""
     manifest = read_manifest(path)
     for name, entry in manifest["files"].items():
@@ -219,7 +230,7 @@ def reproduced(wanted: ReproducesConfig, folder: Path) -> Iterator[Check]:
         yield Check("reproduced", None, f"step {wanted.step} was exported then, and is not reached or not kept here")
         return
     try:
-        state, masters = read_state(path), _masters(path)
+        state, masters = read_state(path), masters_of(path)
     except CheckpointError as error:
         yield Check("reproduced", False, str(error))
         return

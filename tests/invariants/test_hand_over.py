@@ -204,9 +204,9 @@ def infinite():
 
     read = export.read_run
 
-    def planted(run_dir, dtype=None):
-        found = read(run_dir, dtype)
-        next(found.model.parameters()).data[0] = torch.tensor(1e6).to(dtype)
+    def planted(*arguments, **more):
+        found = read(*arguments, **more)
+        next(found.model.parameters()).data[0] = torch.tensor(1e6).to(found.model.dtype)
         return found
 
     export.read_run = planted

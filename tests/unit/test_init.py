@@ -343,3 +343,16 @@ def test_labels_that_come_late_are_named_and_a_single_one_is_not(tmp_path):
     )
     assert init.look(str(path)).labels == ("ham", "spam")
     assert "Labels" not in init._classify(("ham",))
+
+
+def test_adapters_beside_a_model_that_is_named(here):
+    chats(here / "chats.jsonl")
+    assert sft_dist("init", "--data", "chats.jsonl", "--preset", "llama-8b", "--lora").exit_code == 0
+    config = load("run.yaml")
+    assert (config.model.lora.rank, config.model.lora.alpha) == (16, 32)
+    assert (config.model.name_or_path, config.train.learning_rate) == ("meta-llama/Llama-3.1-8B", 2e-4)
+    assert sft_dist("init", "own.yaml", "--data", "chats.jsonl", "--model", "org/model", "--lora").exit_code == 0
+    assert load("own.yaml").model.lora is not None
+    told = refused("tiny.yaml", "--data", "chats.jsonl", "--preset", "tiny", "--lora")
+    assert "--lora adapts a pre-trained model, and this one is from scratch; name one by --model or --preset" in told
+    assert not Path("tiny.yaml").exists()
