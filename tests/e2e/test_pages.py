@@ -19,6 +19,7 @@ OWN = {
     "docs/configuration.md": ("test_configuration_page", 12),
     "docs/data.md": ("test_data_page", 6),
     "docs/large-batches.md": ("test_large_batches_page", 4),
+    "docs/lora.md": ("test_lora_page", 8),
     "docs/plan.md": ("test_plan_page", 3),
     "docs/profile.md": ("test_profile_page", 2),
 }
