@@ -44,7 +44,7 @@ class MicroBatch:
     @property
     def rows(self) -> range:
         """Row numbers, as a loader would give them."""
-        return range(len(self.tokens))
+        return range(self.first_ordinal, self.first_ordinal + len(self.tokens))
 
     @property
     def asked(self) -> tuple[torch.Tensor, ...]:
