@@ -176,12 +176,11 @@ def test_a_step_longer_than_its_time_is_left_in_its_middle_and_a_dead_node_costs
         "train.max_steps=12",
     )
     words = " ".join(["run_dir=quick", *OVERRIDES, *long, "train.micro_batch_rows=24"])
-    quick = start(
-        f"sft-dist train run.yaml --nproc 2 {words}", task
-    )  # the same steps in a few micro-batches, meanwhile
     job = Job(cluster, task, "long", "--nodes 2 --time 1", *long)
     job.until_step(1)
     assert f"job {job.number} RUNNING on n[1-2], requeued 0 times" in job.sft_dist("status long")
+    # the same steps in a few micro-batches, meanwhile: not before, because a life of a minute wants both cores for its first step
+    quick = start(f"sft-dist train run.yaml --nproc 2 {words}", task)
     said = job.sft_dist(f"submit run.yaml run_dir=long {' '.join(OVERRIDES)}", code=2)
     assert f"long: job {job.number} is RUNNING for it; `sft-dist stop long` first" in said
     job.until_life(1)
@@ -267,14 +266,15 @@ def test_a_wrong_run_file_never_loops(cluster, task):
     number = cluster.sbatch(
         "--nodes=2",
         "--gpus-per-node=1",
-        "--begin=now+6",
+        "--hold",
         "--output=wrong/log",
         "slurm/train.sbatch",
         "wrong.yaml",
         folder=task,
     )
-    chain = Job(cluster, task, "wrong-chain", "--nodes 2 --chain 2", more="--begin=now+3", file="wrong.yaml")
+    chain = Job(cluster, task, "wrong-chain", "--nodes 2 --chain 2", more="--hold", file="wrong.yaml")
     (task / "wrong.yaml").write_text(yaml.safe_dump(values | {"run_dir": "wrong", "train": {"epoch": 3}}))
+    cluster.out("scontrol", "release", ",".join(map(str, [number, *chain.numbers])))
     assert cluster.wait(number, *ENDED) == "FAILED"
     assert cluster.restarts(number) == 0
     assert [cluster.wait(number, *ENDED) for number in chain.numbers] == ["FAILED", "CANCELLED"]
