@@ -2,7 +2,7 @@
 
 python benchmarks/contestants.py NAME TASK.json BEGAN    BEGAN: `time.monotonic()` at the start of the process; prints JSON
 
-NAME: zero0 … zero3, bare: this trainer, and its head and attention kernel without DeepSpeed
+NAME: zero0 … zero3, compiled, bare: this trainer, the same at ZeRO 1 with `train.compile`, its head and kernel without DeepSpeed
       plain, fsdp2:        the loop that everybody writes, and the same under FSDP2 on one rank
       trainer, trl:        the Hugging Face Trainer and TRL's SFTTrainer, by a Python that has them
       peak:                how fast this device multiplies matrices
@@ -105,7 +105,7 @@ class Marks:
 # ---- this trainer ----
 
 
-def zero(task: Task, marks: Marks, stage: int) -> dict[str, Any]:
+def zero(task: Task, marks: Marks, stage: int, *, is_compiled: bool = False) -> dict[str, Any]:
     """A step as `sft_dist.trainer` makes one: agree, learn, account; after the proofs of a run's start."""
     from sft_dist import account
     from sft_dist.batch import derive_batch
@@ -119,7 +119,7 @@ def zero(task: Task, marks: Marks, stage: int) -> dict[str, Any]:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", DS_ACCELERATOR=task.device)
     comms = Comms(Topology(), torch.device("cuda:0" if task.device == "cuda" else "cpu"))
     rows, micro = task.micro_batch_rows * task.accumulation, task.micro_batch_rows
-    about = {"precision": task.precision, "learning_rate": task.learning_rate, "max_steps": 1}
+    about = {"precision": task.precision, "learning_rate": task.learning_rate, "max_steps": 1, "compile": is_compiled}
     config = TrainConfig(global_batch_rows=rows, micro_batch_rows=micro, **about)
     wanted = ModelConfig(name_or_path=task.model)
     made = model_config(wanted, vocab_size=0, seq_len=0, eos_id=0)
@@ -401,6 +401,7 @@ def main() -> None:
     else:
         ways: dict[str, Callable[..., dict[str, Any]]] = {
             **{f"zero{stage}": partial(zero, stage=stage) for stage in range(4)},
+            "compiled": partial(zero, stage=1, is_compiled=True),
             "bare": bare,
             "plain": plain,
             "fsdp2": partial(plain, is_sharded=True),

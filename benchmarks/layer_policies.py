@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=sorted(MODELS), default="small")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--micro-batch", type=int, default=2)
+    parser.add_argument(
+        "--only", type=int, nargs="+", choices=range(len(WAYS)), help="these of the ways, counted from 0"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a way, as JSON: this process measures it
     return parser.parse_args()
@@ -51,9 +55,11 @@ def measure(given: argparse.Namespace, way: dict[str, Any]) -> dict[str, Any]:
     """One way, in this process."""
     from types import SimpleNamespace
 
+    from sft_dist.attention import choose
     from sft_dist.batch import Batch
     from sft_dist.comms import Comms
     from sft_dist.engine import Engine
+    from sft_dist.kernels import candidates
     from sft_dist.layers import tile_mlp
     from sft_dist.model import build, model_config
     from sft_dist.schema import ModelConfig, TrainConfig
@@ -72,7 +78,8 @@ def measure(given: argparse.Namespace, way: dict[str, Any]) -> dict[str, Any]:
         tile_mlp(model, train.mlp_tile_tokens)
     batch = Batch(train.global_batch_rows or 0, given.micro_batch, MICRO_BATCHES, 1)
     engine = Engine(model, zero_config("ds_configs/zero1.json"), train, batch, Topology(), device)
-    engine.use_kernel("varlen" if is_gpu and _has_varlen(made) else "sdpa")
+    kernels = candidates("cuda" if is_gpu else "cpu", is_16_bit=True)
+    choose(kernels, engine.use_kernel, engine.logits, made.vocab_size, is_16_bit=True)
     tokens = torch.randint(50_257, (given.micro_batch, given.seq_len), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(given.seq_len // 2).repeat(given.micro_batch, 2)
     targets, rows = positions > 0, range(given.micro_batch)
@@ -100,12 +107,6 @@ def measure(given: argparse.Namespace, way: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _has_varlen(made: Any) -> bool:
-    """torch 2.11's takes no groups of queries."""
-    keys = getattr(made, "num_key_value_heads", made.num_attention_heads)
-    return keys == made.num_attention_heads or torch.__version__ >= "2.12"
-
-
 def main() -> None:
     """Measure all ways, print a table, leave it as JSON."""
     given = arguments()
@@ -113,7 +114,7 @@ def main() -> None:
         print(json.dumps(measure(given, json.loads(given.one))))
         return
     found = []
-    for way in WAYS:
+    for way in WAYS if given.only is None else [WAYS[number] for number in given.only]:
         words = ["--model", given.model, "--seq-len", given.seq_len, "--micro-batch", given.micro_batch]
         command = [sys.executable, __file__, *map(str, words), "--one", json.dumps(way)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -137,7 +138,8 @@ def main() -> None:
     if given.json:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         settings = {"model": given.model, "seq_len": given.seq_len, "micro_batch": given.micro_batch}
-        report = {"machine": {**machine(), "gpu": gpu}, "settings": settings, "ways": found}
+        versions = {name: version(name) for name in ("torch", "deepspeed", "transformers")}
+        report = {"machine": {**machine(), "gpu": gpu}, "versions": versions, "settings": settings, "ways": found}
         given.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -28,14 +28,13 @@ from sft_dist.zero import zero_config
 from tests.dist import tiny
 from tests.workers import run_workers
 
-WIDTH = 256
 ROWS = 2  # of a micro-batch
 OPTIMIZER_BYTES = 36  # of a parameter in fp32, as the model counts
 
 
-def timed(topology: Topology, stage: int, micro_batches: int, steps: int) -> dict[str, Any]:
+def timed(topology: Topology, stage: int, micro_batches: int, steps: int, width: int) -> dict[str, Any]:
     """Median seconds of a step of so many micro-batches a rank, and the parameters."""
-    tiny.MODELS["gpt2"] = {"model_type": "gpt2", "n_layer": 4, "n_embd": WIDTH, "n_head": 4}
+    tiny.MODELS["gpt2"] = {"model_type": "gpt2", "n_layer": 4, "n_embd": width, "n_head": 4}
     count = micro_batches * ROWS * topology.world_size
     rows = {"micro_batch_rows": ROWS, "global_batch_rows": count}
     made, comms = tiny.engine(topology, stage, **rows)
@@ -65,11 +64,11 @@ def rate(topology: Topology, parameters: int, repeats: int) -> float:
     return 2 * (ranks - 1) / ranks * 4 * parameters / statistics.median(seconds)
 
 
-def measure(stages: list[int], all_ranks: list[int], steps: int) -> list[dict[str, Any]]:
+def measure(stages: list[int], all_ranks: list[int], steps: int, width: int) -> list[dict[str, Any]]:
     """A line a stage and number of ranks: foretold and measured seconds, and the error."""
     cores, lines = len(os.sched_getaffinity(0)), []
     for stage in stages:
-        few, many = (run_workers(timed, 1, stage, count, steps)[0] for count in (2, 8))
+        few, many = (run_workers(timed, 1, stage, count, steps, width)[0] for count in (2, 8))
         of_row = (many["seconds"] - few["seconds"]) / (6 * ROWS)
         rest = few["seconds"] - 2 * ROWS * of_row
         if min(of_row, rest) <= 0:
@@ -81,12 +80,12 @@ def measure(stages: list[int], all_ranks: list[int], steps: int) -> list[dict[st
             shared = max(1.0, ranks / cores)
             per_second = run_workers(rate, ranks, few["parameters"], 5)[0]
             job = Job(
-                few["parameters"], 0 if stage < 3 else few["parameters"], shared * of_row, ROWS, "fp32", False,
+                few["parameters"], few["parameters"], 0 if stage < 3 else few["parameters"], shared * of_row, ROWS, "fp32", 1.0,
                 OPTIMIZER_BYTES * few["parameters"] / rest,
             )  # fmt: skip
             network = Network(per_second / ATTAINED, per_second / ATTAINED, ranks)
             foretold = step(job, zero_config(f"ds_configs/zero{stage}.json")["zero_optimization"], network, ranks, 2)
-            seen = max(result["seconds"] for result in run_workers(timed, ranks, stage, 2, steps))
+            seen = max(result["seconds"] for result in run_workers(timed, ranks, stage, 2, steps, width))
             lines.append(
                 {
                     "stage": stage,
@@ -107,11 +106,12 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--stages", type=int, nargs="+", choices=[1, 2, 3], default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--width", type=int, default=256, help="of the model")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     if min(chosen.ranks) < 2:
         sys.exit(f"--ranks {chosen.ranks}: one rank is the model's own measure; name 2 or more")
-    lines = measure(chosen.stages, chosen.ranks, chosen.steps)
+    lines = measure(chosen.stages, chosen.ranks, chosen.steps, chosen.width)
     print(f"{'stage':>6}{'ranks':>6}{'foretold s':>12}{'measured s':>12}{'error':>8}")
     for line in lines:
         print(

@@ -8,7 +8,7 @@ where the last half or sixth of each document is, a third in all. No speed is to
 steps agree with the plain loop's.
 
 Of each step the minimum and the median over the repeats are taken, and their mean over the steps is told; what is judged is
-the median. MFU counts what the model needs (6 FLOPs a matrix parameter and token, the head at targets only, attention within documents)
+the median. A trainer that fails, by a lack of memory say, is left out from there on, and the others go on. MFU counts what the model needs (6 FLOPs a matrix parameter and token, the head at targets only, attention within documents)
 against a matrix product measured in the same run. Memory is resident on a CPU, allocated by torch on a GPU, from the first
 step on. Start-up ends with the first step: imports, weights, proofs, building.
 """
@@ -66,6 +66,7 @@ NAMES = {
     "zero0": "sft-dist, ZeRO 0",
     "zero1": "sft-dist, ZeRO 1",
     "zero2": "sft-dist, ZeRO 2",
+    "compiled": "sft-dist, ZeRO 1, compiled",
     "bare": "its head and kernel, no DeepSpeed",
     "plain": "plain PyTorch loop",
     "fsdp2": "the same under FSDP2",
@@ -217,7 +218,7 @@ def summary(runs: list[dict[str, Any]], about: dict[str, int], steps: int, peak:
 def judged(results: dict[str, dict[str, Any]], model: str, device: str) -> list[dict[str, Any]]:
     """What this trainer is to reach beside those of the others that were measured, and what it does."""
     made = []
-    for ours in (name for name in results if name.startswith("zero")):
+    for ours in (name for name in results if name.startswith("zero") or name == "compiled"):
         for number, other, goal, is_least in GOALS.get((device, model), []):
             if other is None or other in results:
                 value = results[ours][number] / (results[other][number] if other else 1.0)
@@ -229,8 +230,8 @@ def judged(results: dict[str, dict[str, Any]], model: str, device: str) -> list[
     return made
 
 
-def show(console: Console, title: str, results: dict[str, dict[str, Any]], goals: list[dict[str, Any]]) -> None:
-    table = Table(title=title, title_justify="left")
+def show(console: Console, title: str, found: dict[str, Any], goals: list[dict[str, Any]]) -> None:
+    table, results = Table(title=title, title_justify="left"), found["results"]
     numbers = (
         "tokens / s",
         "CPU s / step",
@@ -258,6 +259,8 @@ def show(console: Console, title: str, results: dict[str, dict[str, Any]], goals
             result["attention"],
         )
     console.print(table)
+    for name, why in found["failed"].items():
+        console.print(f"{NAMES[name]} failed, and has no numbers: {why}", markup=False)
     for one in goals:
         sign, word = "≥" if one["is_least"] else "≤", "met" if one["is_met"] else "MISSED"
         console.print(f"{NAMES[one['who']]}: {one['value']:.3f} {one['what']}, goal {sign} {one['goal']}: {word}")
@@ -271,20 +274,28 @@ def show(console: Console, title: str, results: dict[str, dict[str, Any]], goals
 
 
 def compare(task: Path, pythons: dict[str, str], repeats: int, about: dict[str, int]) -> dict[str, Any]:
-    """Every contestant on the same rows, in turns. Ends the program where their losses disagree."""
+    """Every contestant on the same rows, in turns; who fails is left out. Ends the program where their losses disagree."""
     steps = about["steps"] - WARM_UP_STEPS
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
-    peaks = []
+    peaks, failed = [], {}
     for repeat in range(1, repeats + 1):
         peaks.append(run("peak", task, sys.executable)["flops_per_second"])
-        for name, python in pythons.items():
+        for name in list(runs):
             print(f"{task.stem}, run {repeat} of {repeats}: {NAMES[name]}", file=sys.stderr, flush=True)
-            runs[name].append(run(name, task, python))
+            try:
+                runs[name].append(run(name, task, pythons[name]))
+            except subprocess.CalledProcessError as error:
+                failed[name] = (error.stderr.strip().splitlines() or [str(error)])[-1]
+                del runs[name]
+        if "plain" not in runs:
+            sys.exit(
+                f"the plain loop, beside whose losses all are held, failed, so no speed is told: {failed['plain']}"
+            )
         off = agreed(runs, json.loads(task.read_text())["precision"])
     results = {
         name: {**summary(made, about, steps, max(peaks)), "losses_off": off[name]} for name, made in runs.items()
     }
-    return {"peak_flops_per_second": max(peaks), "results": results}
+    return {"peak_flops_per_second": max(peaks), "results": results, "failed": failed}
 
 
 def arguments() -> argparse.Namespace:
@@ -317,15 +328,19 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-def contestants(precision: str, peers: str, console: Console) -> dict[str, str]:
+def contestants(given: argparse.Namespace, device: str, console: Console) -> dict[str, str]:
     """By name the Python that runs each; DeepSpeed is wrong in bf16 at stage 0, and peers that are not there are left out."""
-    own = ["zero0" if precision == "fp32" else "zero1", "zero2", "bare", "plain", "fsdp2"]
-    pythons = dict.fromkeys(own, sys.executable)
+    first = ["zero0"] if given.precision == "fp32" else ["zero1", *(["compiled"] if device == "cuda" else [])]
+    own = [*first, "zero2", "bare", "plain", "fsdp2"]
+    pythons, peers = dict.fromkeys(own, sys.executable), given.peers
     for name, modules in PEERS.items():
         if absent := missing(peers, modules):
             console.print(f"{NAMES[name]} is left out: {peers} has no {', '.join(absent)} (--peers)")
         else:
             pythons[name] = peers
+    if given.trainers:
+        wanted = ["plain", *(name for name in given.trainers if name != "plain")]  # without it no loss can be judged
+        return {name: pythons.get(name, sys.executable) for name in wanted if name in pythons or name not in PEERS}
     return pythons
 
 
@@ -334,8 +349,7 @@ def main() -> None:
     end_on_sigterm()
     given, console = arguments(), Console(width=None if sys.stdout.isatty() else 160)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pythons = contestants(given.precision, given.peers, console)
-    pythons = {name: python for name, python in pythons.items() if not given.trainers or name in given.trainers}
+    pythons = contestants(given, device, console)
     settings = {key: value for key, value in vars(given).items() if key not in ("json", "peers")}
     where = {**machine(), "gpu": torch.cuda.get_device_name() if device == "cuda" else None}
     report: dict[str, Any] = {"machine": where, "settings": settings, "shapes": {}}
@@ -359,10 +373,10 @@ def main() -> None:
                 f"{given.model}, {given.precision}, {shape}: {about['targets'] / about['tokens']:.0%} of {about['tokens']:,} tokens "
                 f"are learned; peak {found['peak_flops_per_second'] / 1e9:,.0f} GFLOP/s, {given.repeats} run(s) of each"
             )
-            show(console, title, found["results"], goals)
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(report, indent=2) + "\n")
+            show(console, title, found, goals)
+            if given.json:  # after each shape: what was measured outlives what fails later
+                given.json.parent.mkdir(parents=True, exist_ok=True)
+                given.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ import torch
 import transformers
 import yaml
 
-from sft_dist import health
+from launch import prove
+from sft_dist import fp8, health
 from sft_dist.adapter import base_digest, num_elements
 from sft_dist.answers import Sampling, own_prompts, prompts
-from sft_dist.attention import WINDOW, choose, largest
 from sft_dist.batch import check_shares
 from sft_dist.checkpoint import Checkpoints
 from sft_dist.comms import Comms
@@ -37,12 +37,11 @@ from sft_dist.data.shards import Shards
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.data.work import template_for
 from sft_dist.engine import Engine
-from sft_dist.errors import ConfigError, DataError, HealthError, ModelError
+from sft_dist.errors import ConfigError, DataError, HealthError
 from sft_dist.evaluate import Evaluator, Sources, forgetting, held_out, open_shards
 from sft_dist.files import first_free
-from sft_dist.head import targets_at
 from sft_dist.identity import ALLOWANCES, STREAM
-from sft_dist.kernels import candidates, differentiated, draws_dropout, narrowed
+from sft_dist.kernels import draws_dropout
 from sft_dist.labels import LabelTask
 from sft_dist.layers import tile_mlp
 from sft_dist.layout import kept
@@ -86,14 +85,12 @@ def model(plan: Plan, *, with_weights: bool = True) -> tuple[Any, Any]:
         config.model, vocab_size=manifest.vocab_size, seq_len=plan.shards.seq_len, eos_id=manifest.eos_id
     )
     wanted = config.model if with_weights else config.model.model_copy(update={"init": "scratch"})
-    if config.model.dropout is None and not draws_dropout(kernel_names(plan)[0]):
+    if config.model.dropout is None and not draws_dropout(prove.kernel_names(plan)[0]):
         without_attention_dropout(made)
     sharers = config.train.sequence_parallel
     if sharers > 1:
-        heads, world_size = made.num_attention_heads, plan.topology.world_size
-        check_shares(
-            sharers, seq_len=plan.shards.seq_len, world_size=world_size, heads=heads, has_dropout=has_dropout(made)
-        )
+        about = {"heads": made.num_attention_heads, "has_dropout": has_dropout(made, config.model.lora)}
+        check_shares(sharers, seq_len=plan.shards.seq_len, world_size=plan.topology.world_size, **about)
     built = build(wanted, made, seed=config.train.seed, gradient_checkpointing=config.train.gradient_checkpointing)
     if config.train.mlp_tile_tokens is not None:
         tile_mlp(built, config.train.mlp_tile_tokens)
@@ -210,7 +207,9 @@ def write_run_files(plan: Plan, made: Any) -> None:
 
 
 def engine(plan: Plan, model: Any, comms: Comms) -> Engine:
-    """The model under ZeRO."""
+    """The model under ZeRO, its products in 8 bits if that is wanted."""
+    if plan.config.train.fp8:
+        fp8.use(model, comms.device)
     train, sharers = plan.config.train, plan.config.train.sequence_parallel
     shared = Shared(plan.topology.rank % sharers, sharers, comms.sharers(sharers)) if sharers > 1 else None
     return Engine(model, plan.zero, train, plan.batch, plan.topology, comms.device, len(plan.shards_dirs), shared)
@@ -229,71 +228,6 @@ def full_micro_batch(plan: Plan, device: torch.device) -> MicroBatch:
     return MicroBatch(
         tokens, targets, positions, torch.zeros_like(tokens), np.arange(shape[0]), 0, num_targets, 2 * shape[0], sets
     )
-
-
-def prove(plan: Plan, engine: Engine, comms: Comms) -> str:
-    """Packed documents cannot see each other, on this model, kernel, precision and device, or ModelError; and the head is right.
-
-    The ranks try the same kernels and choose alike: under ZeRO 3 they must call the model equally often.
-    """
-
-    def worst(movement: float) -> float:
-        return largest(*comms.gather(movement))
-
-    everywhere = comms.gather(kernel_names(plan))
-    names = [name for name in everywhere[0] if all(name in there for there in everywhere)]
-    vocab_size, is_16_bit = plan.shards.manifest.vocab_size, plan.config.train.precision != "fp32"
-    model = engine.deepspeed.module
-    with narrowed(model, WINDOW):
-        kernel, moved, passed_over = choose(
-            names,
-            engine.use_kernel,
-            engine.logits,
-            vocab_size,
-            is_16_bit=is_16_bit,
-            differentiated=lambda: differentiated(model),
-            worst=worst,
-        )
-    if plan.config.train.attention not in ("auto", kernel):
-        raise ConfigError(f"train.attention: {passed_over[0]}. Use auto, or sdpa, which every model has")
-    if engine.shared is not None and kernel == "sdpa":
-        raise ConfigError(f"train.sequence_parallel: {passed_over[0]}, and sdpa cannot see parts of rows; leave it out")
-    head = engine.head.check(engine.scores, engine.logits, vocab_size, is_16_bit=is_16_bit, worst=worst)
-    if engine.shared is not None:
-        off = worst(_shared_error(engine, engine.shared, vocab_size))
-        if not off <= (3e-2 if is_16_bit else 1e-3):
-            raise ModelError(
-                f"train.sequence_parallel: log-probabilities of rows that ranks share are off by {off:.1e}: a layer of this model sees more "
-                "of a row than its tokens one by one and attention; leave it out"
-            )
-        kernel += f", rows shared by {engine.shared.count} ranks (log-probabilities off by {off:.0e})"
-    told = [f"packed documents kept apart (logits move {moved:.0e})", f"attention: {kernel}; {head}"]
-    return "\n".join([*told, *(f"note: {line}" for line in passed_over)])
-
-
-def _shared_error(engine: Engine, shared: Shared, vocab_size: int) -> float:
-    """How far log-probabilities of this rank's part of shared rows are from those of rows that it has for itself."""
-    length = 24 * shared.count
-    tokens = torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    positions = torch.cat([torch.arange(17), torch.arange(length - 17)]).repeat(2, 1)
-    count, of_rows = 2 * (length - 2), torch.zeros(2, length)
-    (places, labels), targets = targets_at(tokens, positions > 0, count), positions > 0
-    whole = engine.scores(tokens, positions, places, labels).log_probs.cpu()
-    of_rows.view(-1)[places[:count]] = whole[:count]
-    places, labels = targets_at(tokens, targets, count, shared)
-    part = engine.scores(tokens, positions, places, labels, shared=shared).log_probs.cpu()
-    expected = shared.part(of_rows).flatten()[places]
-    return (part - expected)[labels >= 0].abs().max().item()
-
-
-def kernel_names(plan: Plan) -> list[str]:
-    """Kernels of attention to be tried, the truth last; the run file's own one alone before it."""
-    wanted, is_16_bit = plan.config.train.attention, plan.config.train.precision != "fp32"
-    if plan.config.train.sequence_parallel > 1 and wanted == "auto":
-        wanted = "varlen" if torch.cuda.is_available() and is_16_bit else "by_document"
-    if wanted == "auto":
-        return candidates("cuda" if torch.cuda.is_available() else "cpu", is_16_bit=is_16_bit)
-    return ["sdpa"] if wanted == "sdpa" else [wanted, "sdpa"]
 
 
 def steps(plan: Plan, state: TrainState, device: torch.device) -> Iterator[Step]:

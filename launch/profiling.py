@@ -137,7 +137,7 @@ def profile(whole: Plan, options: Options) -> int:
     """Profile the first steps of the run's stream on this rank; the main rank says what was found. Nothing of the run is touched."""
     from torch.cuda import is_available as has_gpu
 
-    from launch import fit, parts
+    from launch import fit, parts, prove
     from sft_dist.flops import Cost
 
     is_compiled, whole = whole.config.train.compile, _uncompiled(whole)
@@ -152,7 +152,7 @@ def profile(whole: Plan, options: Options) -> int:
     num_steps = min(options.steps, -(-plan.rows // plan.batch.global_batch_rows))
     plan = replace(plan, rows=min(plan.rows, num_steps * plan.batch.global_batch_rows))
     engine = parts.engine(plan, model, comms)
-    proven = parts.prove(plan, engine, comms)
+    proven = prove.proven(plan, engine, comms)
     if device.type == "cuda":  # memory that runs out ends with numbers, and with what would fit
         fit.dry_step(plan, engine, parts.full_micro_batch(plan, device))
     found = comms.gather_to_main(_found(plan, engine, comms, cost, num_steps, options.trace))
@@ -186,14 +186,15 @@ def _found(plan: Plan, engine: Engine, comms: Comms, cost: Cost | None, num_step
         seen = profiled(engine, comms, steps, num_steps, trace)
         if plan.topology.is_main:
             _publish(trace, wanted)
-    fed = Fed.of(steps(), plan.shards.seq_len)
+    fed, sharers = Fed.of(steps(), plan.shards.seq_len), plan.config.train.sequence_parallel
     return Found(
         seen if plan.topology.is_main else seen.without_memory(),
         fed,
-        cost.flops(fed.lengths, fed.num_targets) if cost else None,
+        cost.flops(fed.lengths, fed.num_targets) / sharers if cost else None,
         peak,
         _sheet(engine.device, plan),
         fed.dense_ratio if engine.deepspeed.module.config._attn_implementation == "sdpa" else None,
+        sharers,
     )
 
 

@@ -12,6 +12,7 @@ from launch.plan import Options
 from launch.settle import Plan
 from sft_dist.errors import ConfigError
 from sft_dist.gpus import Gpu, gpu, names
+from sft_dist.layers import SPEED
 from sft_dist.plan import Model
 from sft_dist.scaling import ATTAINED, STOPS, Job, Network, Step, doublings, step, stops_at
 from sft_dist.schema import RunConfig
@@ -58,6 +59,11 @@ class Row:
 def run(config: RunConfig, options: Options, links: Links, say: Callable[[str], None]) -> None:
     """Say it. Raises ConfigError for a GPU whose speed is not known, numbers that do not double, or a model that fits nowhere."""
     card = _card(options)
+    if (sharers := config.train.sequence_parallel) > 1:
+        raise ConfigError(
+            f"train.sequence_parallel: {sharers}: --scale does not reckon with what ranks that share rows send one another; add "
+            "train.sequence_parallel=1 for it, or measure with sft-dist profile"
+        )
     topology = Topology(world_size=options.world_size, local_world_size=options.gpus_per_node)
     plan = Plan.of(config, topology, Life("plan"), card=card, is_elsewhere=True)
     model, network = model_of(plan), links.network(card, options.gpus_per_node)
@@ -123,14 +129,17 @@ def _card(options: Options) -> Gpu:
 
 
 def _zeros(plan: Plan) -> dict[str, Mapping[str, Any]]:
-    """The run's own DeepSpeed file and the shipped ones, but offload, and 16 bit at stage 0, which is refused."""
+    """The run's own DeepSpeed file and the shipped ones, but offload, and what is refused: 16 bit at stage 0, nf4 at stage 3."""
     found = {plan.config.zero: plan.zero} | {name: zero_config(name) for name in shipped()}
     sections = {name: zero.get("zero_optimization", {}) for name, zero in found.items()}
-    is_fp32 = plan.config.train.precision == "fp32"
+    is_fp32, lora = plan.config.train.precision == "fp32", plan.config.model.lora
+    is_nf4 = lora is not None and lora.quantize is not None
     return {
         name: zero
         for name, zero in found.items()
-        if not sections[name].keys() & {"offload_optimizer", "offload_param"} and (is_fp32 or zero_stage(zero))
+        if not sections[name].keys() & {"offload_optimizer", "offload_param"}
+        and (is_fp32 or zero_stage(zero))
+        and not (is_nf4 and zero_stage(zero) == 3)
     }
 
 
@@ -169,8 +178,8 @@ def _job(plan: Plan, model: Model, card: Gpu, section: Mapping[str, Any], option
     persistent = sum(parameter.numel() for parameter in model.meta.parameters() if parameter.numel() <= small)
     documents = (plan.mixture or plan.shards.manifest).documents_per_row
     return Job(
-        model.size.parameters, persistent, model.flops(documents) / (peak * options.mfu), plan.batch.micro_batch_rows, train.precision,
-        bool(train.gradient_checkpointing), card.memory_rate,
+        model.size.parameters, model.size.trained, persistent, model.flops(documents) / (peak * options.mfu),
+        plan.batch.micro_batch_rows, train.precision, SPEED[train.gradient_checkpointing], card.memory_rate,
     )  # fmt: skip
 
 

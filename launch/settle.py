@@ -177,8 +177,7 @@ class Plan:
         return "\n".join(lines)
 
     def _ranks(self) -> str:
-        sharers, groups = self.config.train.sequence_parallel, self.batch.world_size
-        return processes(groups) if sharers == 1 else f"{groups} times {sharers} processes that share rows"
+        return processes(self.batch.world_size, self.config.train.sequence_parallel)
 
 
 def _check_early_stopping(config: RunConfig, folders: Sequence[Path]) -> None:

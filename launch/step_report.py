@@ -71,7 +71,8 @@ def _document_lengths(starts: np.ndarray, lengths: np.ndarray) -> Iterator[np.nd
 class Found:
     """All that is told of a rank: its steps, what they were fed, and the most that its device computes.
 
-    `flops`: of the model, for all profiled steps; None of a mixture of experts. `sheet`: (name, FLOP/s) of the GPU's data sheet.
+    `flops`: the rank's part of the model's, for all profiled steps; None of a mixture of experts. `sheet`: (name, FLOP/s) of the
+    GPU's data sheet. `sharers`: ranks that are fed the same rows, and compute a part of each.
     """
 
     profile: Profile
@@ -81,6 +82,7 @@ class Found:
     sheet: tuple[str, float] | None
     dense_ratio: float | None = None
     """All pairs of tokens of the rows to those that are seen, where the kernel computes them all."""
+    sharers: int = 1
 
     @property
     def seconds(self) -> float:
@@ -99,8 +101,8 @@ def told(batch: Batch, whole: Batch, found: Sequence[Found], trace: Path) -> Ite
     per_row = len(main.fed.lengths) / max(1, main.fed.num_rows)
     fill = main.fed.num_tokens / max(1, main.fed.num_rows * main.fed.seq_len)
     yield (
-        f"{count} steps of {batch.global_batch_rows:,} rows = {batch.micro_batch_rows} a micro-batch x {batch.accumulation_steps} "
-        f"accumulated x {processes(batch.world_size)}; {per_row:.1f} documents a row, {fill:.0%} of it filled"
+        f"{count} step{'s' * (count > 1)} of {batch.global_batch_rows:,} rows = {batch.micro_batch_rows} a micro-batch x {batch.accumulation_steps} "
+        f"accumulated x {processes(batch.world_size, main.sharers)}; {per_row:.1f} documents a row, {fill:.0%} of it filled"
     )
     if whole.accumulation_steps > batch.accumulation_steps:
         yield (
@@ -157,7 +159,7 @@ def _speed(found: Sequence[Found]) -> Iterator[str]:
     """Steps and tokens of all ranks."""
     main = found[0]
     seen = statistics.median(main.profile.seconds)
-    tokens = sum(one.fed.num_tokens for one in found) / sum(main.profile.plain_seconds)
+    tokens = sum(one.fed.num_tokens for one in found) / main.sharers / sum(main.profile.plain_seconds)
     yield (
         f"speed: {main.seconds:,.3f} s a step, {tokens:,.0f} tokens/s{_on(found)}, without the profiler; "
         f"{seen / main.seconds:.2f} times that with it"

@@ -175,7 +175,7 @@ def _train(
     budget: Budget,
 ) -> tuple[Reason, TrainState, int]:
     """From a model to its last step; returns why it ended, the state that is saved by then, and the steps of the run."""
-    from launch import fit, going_on, parts
+    from launch import fit, going_on, parts, prove
     from sft_dist.preflight import rehearse
 
     def beat(phase: str) -> None:
@@ -189,7 +189,7 @@ def _train(
     about = parts.describe(model)
     engine = parts.engine(plan, model, checkpoints.comms)
     beat("prove isolation and head")
-    proven = parts.prove(plan, engine, checkpoints.comms)
+    proven = prove.proven(plan, engine, checkpoints.comms)
     if device.type == "cuda":  # where there is none, memory that runs out is no error that could be caught
         beat("dry step")
         fit.dry_step(plan, engine, parts.full_micro_batch(plan, device))

@@ -35,6 +35,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         )
     if config.model.lora is not None:
         _check_lora(path, config, config.model.lora)
+    if config.train.fp8:
+        _check_fp8(path, config)
     _check_logging(path, config)
     return config
 
@@ -50,6 +52,23 @@ def _check_lora(path: str | Path, config: RunConfig, lora: LoraConfig) -> None:
         raise ConfigError(
             f"{path}: model.lora.quantize: {lora.quantize!r} is not allowed at ZeRO stage 3 ({config.zero}): a weight in 4 bits cannot be "
             "partitioned. Use ds_configs/zero2.json, which shares out all that is trained, or leave quantize out"
+        )
+
+
+def _check_fp8(path: str | Path, config: RunConfig) -> None:
+    """Its package is there, and nothing that it was not made for is wanted beside it."""
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError(
+            f"{path}: train.fp8: needs the package torchao, which is not installed; pip install 'sft-dist[fp8]'"
+        )
+    if config.model.lora is not None:
+        raise ConfigError(
+            f"{path}: train.fp8: adapters are trained beside layers of 16 bits or nf4; leave fp8 or model.lora out"
+        )
+    if zero_stage(zero_config(config.zero)) == 3 and config.train.gradient_checkpointing is not True:
+        raise ConfigError(
+            f"{path}: train.fp8: at ZeRO stage 3 ({config.zero}) torchao's products keep the gathered weights of all layers for the backward "
+            "pass, unless layers are computed again there; set train.gradient_checkpointing: true, or use ds_configs/zero2.json"
         )
 
 

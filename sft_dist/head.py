@@ -22,6 +22,11 @@ from sft_dist.loss import target_log_probs
 _NONE = torch.empty(0, dtype=torch.int64)
 _SLICE = 8192  # rows of the head's gradient that 16-bit products are added to at a time
 _BUCKET = 64  # the number of places is rounded up to a multiple of it: few shapes
+_ALIGNED = {
+    "cuda": 64,
+    "cpu": 1,
+}  # 16-bit products of a vocabulary such as 50,257 miss a GPU's fast kernels: it is padded
+_IN_ONE_PASS = {"cuda": True, "cpu": False}  # whether softmax makes the exponentials: a GPU waits for memory
 _PART_BYTES = {"cuda": 1 << 29, "cpu": 1 << 25}  # of fp32 logits at a time: a GPU wants large products, a CPU its cache
 
 
@@ -108,16 +113,25 @@ class Logits(NamedTuple):
         return cls(scale, getattr(config, "final_logit_softcapping", None) or 0.0)
 
     def made(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Logits in fp32, a new tensor: [places, vocab] of hidden states [places, width]."""
+        """Logits, a new tensor: [places, vocab] of hidden states [places, width]; in fp32."""
         made = F.linear(hidden, weight, bias).float()
         made = made.mul_(self.scale) if self.scale != 1.0 else made
         return made.div_(self.cap).tanh_().mul_(self.cap) if self.cap else made
 
-    def through(self, gradient: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
-        """The gradient, in place, by what came out of the matrix product; `logits` are wanted where there is a cap."""
-        if logits is not None:
-            gradient.mul_(1 - (logits / self.cap) ** 2)
-        return gradient.mul_(self.scale) if self.scale != 1.0 else gradient
+    def gradient(
+        self, exponentials: torch.Tensor, total: torch.Tensor, at: torch.Tensor, counts: torch.Tensor,
+        kept: torch.Tensor | None, dtype: torch.dtype,
+    ) -> torch.Tensor:  # fmt: skip
+        """Of the loss by what came out of the matrix product, in `dtype`: rounded once, in the place of the exponentials if it can be.
+
+        `at`: labels, `counts`: what each place counts, [places, 1]; `kept`: the logits, where there is a cap.
+        """
+        counts = counts * self.scale
+        of_labels = (exponentials.gather(1, at) / total - 1) * counts
+        is_elsewhere = kept is None and dtype != torch.float32 and _IN_ONE_PASS[exponentials.device.type]
+        out = torch.empty_like(exponentials, dtype=dtype) if is_elsewhere else exponentials
+        made = torch.mul(exponentials, counts / total, out=out).scatter_(1, at, of_labels.to(out.dtype))
+        return (made if kept is None else made.mul_(1 - (kept / self.cap) ** 2)).to(dtype)
 
 
 class _LossAt(torch.autograd.Function):
@@ -135,25 +149,25 @@ class _LossAt(torch.autograd.Function):
         grad_scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         log_probs = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        of_hidden = torch.empty_like(hidden)
+        of_hidden, vocab_size = torch.empty_like(hidden), len(weight)
+        weight, bias = _aligned(weight, bias)
         of_weight, of_bias = (
-            None if one is None or not one.requires_grad else torch.zeros_like(one, dtype=torch.float32)
-            for one in (weight, bias)
+            torch.zeros_like(one, dtype=torch.float32) if one is not None and is_wanted else None
+            for one, is_wanted in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
         )
         for part in _parts(len(hidden), size):
             logits, counts = kind.made(hidden[part], weight, bias), (labels[part] >= 0)[:, None] * grad_scale
             kept = logits.clone() if kind.cap else None
-            log_probs[part], gradient, total, at = _exponentials(logits, labels[part])
-            gradient.mul_(counts / total).scatter_add_(1, at, -counts)
-            gradient = kind.through(gradient, kept).to(hidden.dtype)
+            log_probs[part], exponentials, total, at = _exponentials(logits, labels[part], vocab_size)
+            gradient = kind.gradient(exponentials, total, at, counts, kept, hidden.dtype)
             torch.mm(gradient, weight, out=of_hidden[part])
             if of_weight is not None:
                 _add_product(of_weight, gradient.t(), hidden[part])
             if of_bias is not None:
                 of_bias += gradient.sum(dim=0, dtype=torch.float32)
-            del logits, kept, gradient  # else they are there while the next part is made
+            del logits, kept, exponentials, gradient  # else they are there while the next part is made
         ctx.grad_scale = grad_scale
-        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+        ctx.save_for_backward(of_hidden, *(None if one is None else one[:vocab_size] for one in (of_weight, of_bias)))
         ctx.mark_non_differentiable(log_probs)
         return -log_probs.sum(), log_probs
 
@@ -177,13 +191,32 @@ def _parts(count: int, size: int) -> Iterator[slice]:
     return (slice(at, min(at + size, count)) for at in range(0, count, size))
 
 
-def _exponentials(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(log-probabilities of the labels, exponentials that take the place of the logits, their sums, labels as an index)."""
+def _aligned(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Both with rows of zeros to a multiple that suits the device; themselves where there is none to add."""
+    more = 0 if weight.dtype == torch.float32 else -len(weight) % _ALIGNED[weight.device.type]
+    if not more:
+        return weight, bias
+    return F.pad(weight, (0, 0, 0, more)), None if bias is None else F.pad(bias, (0, more))
+
+
+def _exponentials(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, ...]:
+    """(log-probabilities of the labels, exponentials that take the place of the logits, their sums, labels as an index).
+
+    In one pass they are divided by their sums already. What stands for no token has none.
+    """
     at = labels.clamp(min=0)[:, None]
-    most, of_labels = logits.amax(dim=1, keepdim=True), logits.gather(1, at)
-    exponentials = logits.sub_(most).exp_()
-    total = exponentials.sum(dim=1, keepdim=True)
-    log_probs = (of_labels - most - total.log()).flatten()
+    logits[:, vocab_size:] = -torch.inf
+    of_labels = logits.gather(1, at)
+    if _IN_ONE_PASS[logits.device.type]:
+        most, likeliest = logits.max(dim=1, keepdim=True)
+        exponentials = torch.softmax(logits, dim=1, out=logits)
+        total, log_total = torch.ones_like(most), -exponentials.gather(1, likeliest).log()  # of exp(0), divided
+    else:
+        most = logits.amax(dim=1, keepdim=True)
+        exponentials = logits.sub_(most).exp_()
+        total = exponentials.sum(dim=1, keepdim=True)
+        log_total = total.log()
+    log_probs = (of_labels - most - log_total).flatten()
     return log_probs.masked_fill_(labels < 0, 0.0), exponentials, total, at
 
 
@@ -278,7 +311,7 @@ class Head:
         for part in _parts(len(hidden), size):
             logits = self._kind.made(hidden[part], weight, bias)
             best.append(logits.argmax(dim=1))
-            log_probs.append(_exponentials(logits, labels[part])[0])
+            log_probs.append(_exponentials(logits, labels[part], len(weight))[0])
         return Scores(-torch.cat(log_probs).sum(), torch.cat(log_probs), torch.cat(best))
 
 

@@ -76,19 +76,28 @@ class Traffic:
 
 
 def traffic(
-    section: Mapping[str, Any], parameters: int, precision: str, *, persistent: int = 0, checkpointing: bool = False
+    section: Mapping[str, Any],
+    parameters: int,
+    precision: str,
+    *,
+    trained: int | None = None,
+    persistent: int = 0,
+    checkpointing: bool = False,
 ) -> Traffic:
     """What a `zero_optimization` section has sent for a model of so many parameters, `persistent` of them in small tensors.
+
+    `trained`: how many of them are; None: all.
 
     Stage 3 gathers all but the persistent ones twice a micro-batch, forward and backward, but for the end of the model: what is
     used again within `stage3_max_reuse_distance` elements is kept, to half of that (a third with recomputation) before the turn.
     """
     stage, itemsize = section.get("stage", 0), 4 if precision == "fp32" else 2
+    trained = parameters if trained is None else trained
     if stage < 3:
-        return Traffic((0.0, 0.0), parameters, parameters if stage else 0.0, itemsize, stage == 2, True)
+        return Traffic((0.0, 0.0), trained, trained if stage else 0.0, itemsize, stage == 2, True)
     sharded = parameters - persistent
     kept = section.get("stage3_max_reuse_distance", 1_000_000_000) / (3 if checkpointing else 2)
-    return Traffic((sharded, max(0.0, sharded - kept)), parameters, persistent, itemsize, True, False)
+    return Traffic((sharded, max(0.0, sharded - kept)), trained, persistent, itemsize, True, False)
 
 
 class Unit(NamedTuple):
@@ -125,16 +134,30 @@ def simulate(units: Sequence[Unit], *, overlaps: bool) -> float:
 class Job:
     """What is to be learned by a step, and how fast a GPU is at it.
 
-    `row_seconds`: of a row's products, without recomputation; `memory_rate`: bytes a second of a GPU's memory.
+    `trained`: how many of the parameters are; `row_seconds`: of a row's products, without recomputation, and `speed`, what is left of it
+    with that (`layers.SPEED`); `memory_rate`: bytes a second of a GPU's memory.
     """
 
     parameters: int
+    trained: int
     persistent: int
     row_seconds: float
     micro_batch_rows: int
     precision: str
-    checkpointing: bool
+    speed: float
     memory_rate: float
+
+    def passes(self) -> tuple[float, float]:
+        """Seconds of a micro-batch's products forward and backward, what is computed again in the latter.
+
+        Forward is one product in three; what is frozen has no gradient of its own, and there it is one in two.
+
+        >>> Job(8, 8, 0, 3.0, 1, "bf16", 0.75, 3e12).passes(), Job(8, 0, 0, 2.0, 1, "bf16", 1.0, 3e12).passes()
+        ((1.0, 3.0), (1.0, 1.0))
+        """
+        forward = self.row_seconds * self.parameters / (2 * self.parameters + self.trained)
+        again = 3 * forward * (1 / self.speed - 1)
+        return self.micro_batch_rows * forward, self.micro_batch_rows * (self.row_seconds - forward + again)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,12 +196,13 @@ class Step:
 def step(job: Job, section: Mapping[str, Any], network: Network, ranks: int, accumulation: int) -> Step:
     """The time of a step of `accumulation` micro-batches on each of so many GPUs.
 
-    >>> job = Job(10**9, 0, row_seconds=0.05, micro_batch_rows=2, precision="bf16", checkpointing=False, memory_rate=3e12)
+    >>> job = Job(10**9, 10**9, 0, row_seconds=0.05, micro_batch_rows=2, precision="bf16", speed=1.0, memory_rate=3e12)
     >>> one, two = (step(job, {"stage": stage}, Network(450e9, 400e9, 8), ranks=64, accumulation=8) for stage in (1, 2))
     >>> one.seconds < two.seconds
     True
     """
-    sent = traffic(section, job.parameters, job.precision, persistent=job.persistent, checkpointing=job.checkpointing)
+    more: dict[str, Any] = {"persistent": job.persistent, "checkpointing": job.speed < 1}
+    sent = traffic(section, job.parameters, job.precision, trained=job.trained, **more)
     plain, last = _units(job, sent, section, network, ranks)
     stage = section.get("stage", 0)
     overlaps = bool(section.get("overlap_comm")) and not (stage == 0 or (stage == 1 and job.precision == "bf16"))
@@ -188,7 +212,7 @@ def step(job: Job, section: Mapping[str, Any], network: Network, ranks: int, acc
         sum(times * sum(unit[part] for unit in units) for times, units in all_units) for part in range(3)
     )
     updated = network.seconds(sent.itemsize * sent.updated, ranks)
-    own = job.parameters / (ranks if stage else 1)
+    own = job.trained / (ranks if stage else 1)
     # read for the norm; gradient, master and moments read, the last three written, and the weight
     optimizer = (4 + 7 * 4 + sent.itemsize) * own / job.memory_rate
     return Step(learned + updated + optimizer, compute, optimizer, gathered, reduced, updated)
@@ -205,8 +229,7 @@ def _units(
         largest = min(largest, section.get("stage3_prefetch_bucket_size", 50_000_000) or largest)
     count = math.ceil(job.parameters / largest)
     reduce = network.seconds(4 * sent.reduced / count, ranks, is_reduced_to_all=sent.is_all_reduce)
-    forward = job.row_seconds * job.micro_batch_rows / 3 / count  # a third of the products; a backward pass takes two
-    backward = (3 if job.checkpointing else 2) * forward
+    forward, backward = (seconds / count for seconds in job.passes())
     there, back = sent.gathered
     gather = network.seconds(sent.itemsize * there / count, ranks)
     skipped = 0 if there == 0 else round(count * (1 - back / there))

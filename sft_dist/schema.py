@@ -305,6 +305,9 @@ class TrainConfig(Section):
     dear and attention are kept, half of that; `offload`: as `true`, and what is kept waits in the memory of the host."""
     compile: bool = False
     """Compile the layers with `torch.compile` (a C++ compiler is needed): the first step takes a minute longer, the others less."""
+    fp8: bool = False
+    """Matrix products of the layers in 8 bits, by torchao, with a scale for each row (H100 or newer; compile it to be faster); needs the
+    extra `sft-dist[fp8]`."""
     sequence_parallel: int = Field(default=1, ge=1)
     """So many neighbouring ranks compute the same rows, each a part of their tokens: for rows too long for one (DeepSpeed Ulysses)."""
     mlp_tile_tokens: int | None = Field(default=None, ge=1, examples=[4096])
@@ -330,6 +333,8 @@ class TrainConfig(Section):
             raise ValueError("sequence_parallel goes with neither compile nor attention: sdpa; leave one out")
         if self.compile and self.gradient_checkpointing == "offload":
             raise ValueError("compile and gradient_checkpointing: offload exclude each other; leave one out")
+        if self.fp8 and self.precision != "bf16":
+            raise ValueError(f"fp8 goes with precision: bf16, not {self.precision}; change one of them")
         return self
 
 

@@ -69,12 +69,14 @@ class Topology:
         return cls(rank, world_size, local_rank, local_world_size=of_node)
 
 
-def processes(count: int) -> str:
-    """So many, in words.
+def processes(count: int, sharers: int = 1) -> str:
+    """So many, in words; or so many times `sharers`, of which each computes a part of every row.
 
-    >>> processes(1), processes(8)
-    ('1 process', '8 processes')
+    >>> processes(1), processes(8), processes(4, sharers=2)
+    ('1 process', '8 processes', '4 times 2 processes that share rows')
     """
+    if sharers > 1:
+        return f"{count} times {sharers} processes that share rows"
     return f"{count} process{'' if count == 1 else 'es'}"
 
 

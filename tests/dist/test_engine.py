@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torchao.float8 import Float8LinearConfig
 
-from launch import parts
+from launch import prove
 from launch.settle import find_compiler
 from sft_dist import engine, kernels
 from sft_dist.attention import packed_logits
@@ -92,6 +93,43 @@ def test_compiled_layers_take_the_same_steps_by_one_graph(references, stage, bac
 def test_bf16_stays_near_plain_fp32(references, stage):
     ours = run_workers(curve, 2, stage, {"micro_batch_rows": 2, "precision": "bf16"})[0]
     tiny.assert_same_curve(ours, references["gpt2"], tolerance=6e-3)
+
+
+IN_8_BITS = {"micro_batch_rows": 4, "precision": "bf16", "kind": "llama", "fp8": True}
+
+
+@pytest.mark.parametrize(("stage", "more"), [(1, {}), (2, {}), (3, {"gradient_checkpointing": True})])
+def test_products_in_8_bits_stay_near_plain_fp32(references, stage, more):
+    ours, others = run_workers(curve, 2, stage, {**IN_8_BITS, **more})
+    assert ours == others
+    tiny.assert_same_curve(ours, references["llama"], tolerance=5e-2)
+
+
+def test_they_are_compiled_with_the_layers(references):
+    for found, graphs in run_workers(compiled_curve, 2, 2, "aot_eager", IN_8_BITS):
+        tiny.assert_same_curve(found, references["llama"], tolerance=5e-2)
+        assert graphs == 1
+
+
+def proven_in_8_bits(topology, recipe):
+    rowwise = Float8LinearConfig.from_recipe_name
+    Float8LinearConfig.from_recipe_name = lambda name: rowwise(recipe)
+    made, comms = tiny.engine(topology, 2, **IN_8_BITS)
+    with torch.no_grad():
+        made.deepspeed.module.model.embed_tokens.weight[::2] *= 30  # tokens of large numbers
+    train = SimpleNamespace(precision="bf16", attention="auto", sequence_parallel=1, fp8=True)
+    shards = SimpleNamespace(manifest=SimpleNamespace(vocab_size=tiny.VOCAB))
+    try:
+        return prove.proven(SimpleNamespace(config=SimpleNamespace(train=train), shards=shards), made, comms)
+    except ModelError as error:
+        return str(error)
+
+
+def test_products_in_8_bits_are_proven_to_keep_documents_apart():
+    for told in run_workers(proven_in_8_bits, 2, "rowwise"):
+        assert told.splitlines()[-1] == "fp8: 14 linear layers, emulated on the CPU: right, and slow"
+    for told in run_workers(proven_in_8_bits, 2, "tensorwise"):
+        assert told.startswith("train.fp8: logits of a document move by ")
 
 
 def mean_of_means(topology):
@@ -241,11 +279,11 @@ def proven_shared(topology, exchange, names):
     made, comms = tiny.engine(topology, 3, kind="llama", sequence_parallel=2)
     if exchange is not None:
         made.shared = dataclasses.replace(made.shared, exchange=exchange)
-    train = SimpleNamespace(precision="fp32", attention="auto", sequence_parallel=2)
+    train = SimpleNamespace(precision="fp32", attention="auto", sequence_parallel=2, fp8=False)
     shards = SimpleNamespace(manifest=SimpleNamespace(vocab_size=tiny.VOCAB))
-    parts.kernel_names = lambda plan: names
+    prove.kernel_names = lambda plan: names
     try:
-        return parts.prove(SimpleNamespace(config=SimpleNamespace(train=train), shards=shards), made, comms)
+        return prove.proven(SimpleNamespace(config=SimpleNamespace(train=train), shards=shards), made, comms)
     except (ModelError, ConfigError) as error:
         return str(error)
 
@@ -271,28 +309,28 @@ def _to_the_wrong_one(parts_of_rank):
 def chosen(topology, wrong_rank):
     """What a rank takes where the kernel of one rank fails in the middle, and where that one has other kernels."""
     made, comms = tiny.engine(topology, 2)  # at stage 3 a rank that fails alone lets the others wait, and the watchdog names it
-    own, there = parts.kernel_names, ["by_document", "sdpa"]
+    own, there = prove.kernel_names, ["by_document", "sdpa"]
     plan = SimpleNamespace(
-        config=SimpleNamespace(train=SimpleNamespace(precision="fp32", attention="auto")),
+        config=SimpleNamespace(train=SimpleNamespace(precision="fp32", attention="auto", fp8=False)),
         shards=SimpleNamespace(manifest=SimpleNamespace(vocab_size=tiny.VOCAB)),
     )
 
     def attention():
-        return parts.prove(plan, made, comms).splitlines()[1].split(";")[0]
+        return prove.proven(plan, made, comms).splitlines()[1].split(";")[0]
 
     def fails(*arguments, **more):
         raise RuntimeError("no kernel image is available")
 
-    parts.kernel_names = lambda plan: there
+    prove.kernel_names = lambda plan: there
     said = [attention()]
-    parts.kernel_names = lambda plan: there[topology.rank == wrong_rank :]
+    prove.kernel_names = lambda plan: there[topology.rank == wrong_rank :]
     said.append(attention())
-    parts.kernel_names = lambda plan: there
+    prove.kernel_names = lambda plan: there
     draws, kernel = kernels._OURS["by_document"]
     if topology.rank == wrong_rank:
         kernels._OURS["by_document"] = (draws, fails)
     said.append(attention())
-    kernels._OURS["by_document"], parts.kernel_names = (draws, kernel), own
+    kernels._OURS["by_document"], prove.kernel_names = (draws, kernel), own
     return said
 
 

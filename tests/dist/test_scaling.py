@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sft_dist.scaling import traffic
+from sft_dist.schema import LoraConfig
 from sft_dist.zero import zero_config
 from tests.dist import tiny
 from tests.workers import run_workers
@@ -34,12 +35,12 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(topology, stage, precision, micro_batch_rows, more, is_planted=False):
+def counted(topology, stage, precision, micro_batch_rows, more, is_planted=False, lora=None):
     zero = zero_config(f"ds_configs/zero{stage}.json")
     section = zero["zero_optimization"] = {**zero["zero_optimization"], **more}
     tiny.zero_config = lambda name: zero
     rows = {"precision": precision, "micro_batch_rows": micro_batch_rows}
-    made, comms = tiny.engine(topology, stage, kind="llama", **rows)
+    made, comms = tiny.engine(topology, stage, kind="llama", lora=lora, **rows)
     tiny.learn(made, comms, range(2))  # stage 3 learns the order of the modules
     with Asked() as asked:
         tiny.learn(made, comms, range(2, 3))
@@ -48,7 +49,13 @@ def counted(topology, stage, precision, micro_batch_rows, more, is_planted=False
     sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in made.deepspeed.module.parameters()]
     small = section.get("stage3_param_persistence_threshold", 0)
     persistent = sum(size for size in sizes if size <= small)
-    foretold = traffic(section, sum(sizes), precision, persistent=persistent).num_bytes(4 // micro_batch_rows)
+    trained = sum(
+        size
+        for size, parameter in zip(sizes, made.deepspeed.module.parameters(), strict=True)
+        if parameter.requires_grad
+    )
+    about = {"trained": trained, "persistent": persistent}
+    foretold = traffic(section, sum(sizes), precision, **about).num_bytes(4 // micro_batch_rows)
     return asked.bytes, {"gathered": foretold["gathered"] + foretold["updated"], "reduced": foretold["reduced"]}, sum(sizes)
 
 
@@ -64,6 +71,12 @@ def counted(topology, stage, precision, micro_batch_rows, more, is_planted=False
 )
 def test_what_is_sent_is_what_was_foretold(stage, precision, micro_batch_rows, more):
     for asked, foretold, _ in run_workers(counted, 2, stage, precision, micro_batch_rows, more):
+        assert asked == foretold
+
+
+@pytest.mark.parametrize(("stage", "more"), [(1, {}), (2, {}), (3, ALWAYS)])
+def test_of_adapters_too(stage, more):
+    for asked, foretold, _ in run_workers(counted, 2, stage, "bf16", 1, more, lora=LoraConfig(rank=4)):
         assert asked == foretold
 
 

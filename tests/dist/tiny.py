@@ -8,7 +8,7 @@ import torch
 
 from sft_dist.attention import packed_logits
 from sft_dist.comms import Comms
-from sft_dist import adapter
+from sft_dist import adapter, fp8
 from sft_dist.schema import LoraConfig, ModelConfig, TrainConfig
 from sft_dist.batch import derive_batch
 from sft_dist.zero import zero_config
@@ -132,6 +132,8 @@ def engine(topology, stage: int | str, **more) -> tuple[Engine, Comms]:
     made = model(**of_model)
     if config.mlp_tile_tokens:
         tile_mlp(made, config.mlp_tile_tokens)
+    if config.fp8:
+        fp8.use(made, comms.device)
     for name, parameter in made.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name not in frozen)
     shared = Shared(topology.rank % sharers, sharers, comms.sharers(sharers)) if sharers > 1 else None

@@ -3,7 +3,9 @@ import shutil
 import pytest
 import torch
 
+from sft_dist import plan
 from sft_dist.comms import Comms
+from sft_dist.depth import traced
 from sft_dist.topology import Topology
 from tests.unit.prepared_runs import prepare
 from tests.unit.saved_runs import checkpoints, fragments, state
@@ -17,6 +19,25 @@ def comms():
     made = Comms(Topology(), torch.device("cpu"))
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def traces():
+    """What has been traced, by what it was traced of."""
+    return {}
+
+
+@pytest.fixture
+def traced_once(traces, monkeypatch):
+    """A model that several tests plan with is traced by the first of them; that a trace is right is for tests/unit/test_depth.py."""
+
+    def once(config, made, meta, **about):
+        key = (made.to_json_string(), str(config.lora), *sorted(about.items()))
+        if key not in traces:
+            traces[key] = traced(config, made, meta, **about)
+        return traces[key]
+
+    monkeypatch.setattr(plan, "traced", once)
 
 
 @pytest.fixture(scope="session")

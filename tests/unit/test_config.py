@@ -348,6 +348,10 @@ CROSS_FIELD = [
         {"train": {"global_batch_rows": 8, "epochs": 1, "sequence_parallel": 2, "attention": "sdpa"}},
         "train: sequence_parallel goes with neither compile nor attention: sdpa; leave one out",
     ),
+    (
+        {"train": {"global_batch_rows": 8, "epochs": 1, "fp8": True, "precision": "fp32"}},
+        "train: fp8 goes with precision: bf16, not fp32; change one of them",
+    ),
 ]
 
 
@@ -677,6 +681,34 @@ def test_a_small_section_adapts_the_model(tmp_path):
 )
 def test_adapters_that_cannot_be_are_told(tmp_path, overrides, message):
     assert message in refusal(written(tmp_path), *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["zero=ds_configs/zero3.json"],
+            "at ZeRO stage 3 (ds_configs/zero3.json) torchao's products keep the gathered",
+        ),
+        (
+            ["zero=ds_configs/zero3.json", "train.gradient_checkpointing=selective"],
+            "set train.gradient_checkpointing: true, or use ds_configs/zero2.json",
+        ),
+        (["model.lora.rank=8"], "train.fp8: adapters are trained beside layers of 16 bits or nf4"),
+    ],
+)
+def test_what_does_not_go_with_products_in_8_bits(tmp_path, overrides, message):
+    assert message in refusal(written(tmp_path), "train.fp8=true", *overrides)
+
+
+def test_products_in_8_bits_without_their_package_are_refused(tmp_path, monkeypatch):
+    assert load(written(tmp_path), ["train.fp8=true"]).train.fp8
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "torchao" else find(name, *rest)
+    )
+    told = refusal(written(tmp_path), "train.fp8=true")
+    assert "train.fp8: needs the package torchao, which is not installed; pip install 'sft-dist[fp8]'" in told
 
 
 @pytest.mark.parametrize(("package", "extra"), [("peft", "lora"), ("bitsandbytes", "qlora")])

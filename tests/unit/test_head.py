@@ -58,8 +58,15 @@ def whole(model, batch):
     return target_log_probs(packed_logits(model, tokens, positions), tokens, targets)
 
 
+@pytest.fixture(params=[False, True], ids=["in place", "as on a GPU"])
+def way(request, monkeypatch):
+    """How the exponentials are made."""
+    monkeypatch.setitem(module._IN_ONE_PASS, "cpu", request.param)
+    monkeypatch.setitem(module._ALIGNED, "cpu", 64 if request.param else 1)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_every_gradient_are_those_of_all_logits(family, batch):
+def test_loss_and_every_gradient_are_those_of_all_logits(family, batch, way):
     tokens, positions, targets = batch
     plain = made(family)
     model, count = copy.deepcopy(plain), int(targets.sum())
@@ -78,7 +85,7 @@ def test_loss_and_every_gradient_are_those_of_all_logits(family, batch):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_in_16_bits_it_is_nearer_to_the_truth_than_all_logits_are(family, batch):
+def test_in_16_bits_it_is_nearer_to_the_truth_than_all_logits_are(family, batch, way):
     """The truth: the same weights in fp64; the head's gradient is summed in fp32, not rounded a part at a time."""
     tokens, positions, targets = batch
     plain = made(family, torch.bfloat16)
@@ -95,6 +102,23 @@ def test_in_16_bits_it_is_nearer_to_the_truth_than_all_logits_are(family, batch)
     assert errors[0] < max(0.02, 1.2 * errors[1])
 
 
+@pytest.mark.parametrize("family", ["gpt2", "phi", "gemma2", "granite"])
+def test_rows_that_pad_the_vocabulary_change_nothing(family, batch, way, monkeypatch):
+    """On a GPU the products are 320 wide here, and no token that is none takes any probability."""
+    tokens, positions, targets = batch
+    found, widths, linear = [], set(), F.linear
+    monkeypatch.setattr(F, "linear", lambda *given: (made_ := linear(*given), widths.add(made_.shape[-1]))[0])
+    for multiple in (1, 64):
+        monkeypatch.setitem(module._ALIGNED, "cpu", multiple)
+        model = made(family, torch.bfloat16)
+        Head(model)
+        scores = scores_at(model, tokens, positions, *targets_at(tokens, targets, int(targets.sum())))
+        scores.loss.backward()
+        found.append((scores.log_probs, {name: parameter.grad for name, parameter in model.named_parameters()}))
+    assert {VOCAB, 320} <= widths
+    torch.testing.assert_close(*found, rtol=2e-2, atol=2e-2)
+
+
 def test_no_targets_are_a_loss_of_zero_whose_gradient_reaches_every_parameter(batch):
     tokens, positions, targets = batch
     model = made("llama")
@@ -107,9 +131,9 @@ def test_no_targets_are_a_loss_of_zero_whose_gradient_reaches_every_parameter(ba
     ] == []
 
 
-def test_a_head_that_is_frozen_gets_no_gradient(batch):
+def test_a_head_that_is_frozen_gets_no_gradient(batch, way):
     tokens, positions, targets = batch
-    model = made("llama")
+    model = made("llama", torch.bfloat16)
     Head(model)
     model.get_output_embeddings().weight.requires_grad_(False)
     scores_at(model, tokens, positions, *targets_at(tokens, targets, int(targets.sum()))).loss.backward()
@@ -118,7 +142,7 @@ def test_a_head_that_is_frozen_gets_no_gradient(batch):
 
 
 @torch.no_grad()
-def test_a_model_that_is_only_asked_says_the_likeliest_token_too(batch):
+def test_a_model_that_is_only_asked_says_the_likeliest_token_too(batch, way):
     tokens, positions, targets = batch
     model = made("gemma2").eval()
     expected = packed_logits(model, tokens, positions)

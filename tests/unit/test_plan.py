@@ -28,6 +28,7 @@ from sft_dist.schema import ModelConfig
 from sft_dist.topology import Life, Topology
 from tests.unit.prepared_runs import run_file, sft_dist
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 LARGE = {"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12}
 
 
@@ -210,6 +211,16 @@ def test_adapters_are_planned_beside_what_is_frozen(run, tmp_path):
         fit.model_of(planned(run, *named, more)).flops(1.0) for more in ("train.max_steps=9", "model.lora.rank=16")
     ]
     assert 0.6 < flops[1] / flops[0] < 0.8
+
+
+def test_dropout_of_adapters_is_dropout_for_ranks_that_share_rows(run, tmp_path):
+    GPT2Config(**{**LARGE, "vocab_size": 50_257}).save_pretrained(tmp_path / "large")
+    named = ("model.config=null", f"model.name_or_path={tmp_path / 'large'}", "model.dropout=0")
+    shared = ("train.sequence_parallel=2", "--gpus-per-node", "2")
+    result = sft_dist("plan", run, *named, "model.lora={rank: 4, dropout: 0.1}", *shared)
+    assert result.exit_code == 2
+    assert "train.sequence_parallel: the model has dropout" in result.stderr
+    assert sft_dist("plan", run, *named, "model.lora.rank=4", *shared).exit_code == 0
 
 
 # ---- refusing and choosing ----

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GPT2Config
 
+from sft_dist.layers import SPEED
 from sft_dist.scaling import Job, Network, Unit, simulate, step, stops_at, traffic
 from tests.unit.prepared_runs import run_file, sft_dist
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 JOB = Job(
+    8_000_000_000,
     8_000_000_000,
     1_000_000,
     row_seconds=0.1,
     micro_batch_rows=4,
     precision="bf16",
-    checkpointing=True,
+    speed=0.75,
     memory_rate=3e12,
 )
 SECONDS = st.floats(0.001, 10)
@@ -93,6 +98,23 @@ def test_what_the_stages_send():
     assert kept.gathered == (1000, 800)
 
 
+def test_of_adapters_the_gradients_and_what_the_optimizer_updates_are_sent():
+    sent = {
+        stage: traffic({"stage": stage, "stage3_max_reuse_distance": 0}, 1000, "bf16", trained=10).num_bytes(4)
+        for stage in (1, 2, 3)
+    }
+    assert [made["reduced"] for made in sent.values()] == [40, 160, 160]
+    assert [made["updated"] for made in sent.values()] == [20, 20, 0]
+    assert [made["gathered"] for made in sent.values()] == [0, 0, 4 * 2 * 2000]
+
+
+@pytest.mark.parametrize("way", [False, "selective", True, "offload"])
+def test_what_is_computed_again_takes_what_plan_says(way):
+    forward, backward = replace(JOB, speed=SPEED[way]).passes()
+    assert forward == pytest.approx(JOB.row_seconds * JOB.micro_batch_rows / 3)
+    assert forward + backward == pytest.approx(JOB.row_seconds * JOB.micro_batch_rows / SPEED[way])
+
+
 def test_overlap_is_not_told_of_stages_that_have_none():
     """In bf16 stage 1 reduces after the last backward pass, whatever `overlap_comm` says."""
     network = Network(450e9, 50e9, 8)
@@ -150,9 +172,30 @@ def test_what_does_not_fit_is_marked(run):
     assert re.search(r"zero3 +8 +8 +\d", text), "what does not fit at stage 1 does at stage 3"
 
 
+def test_adapters_send_little_and_are_not_planned_where_they_are_refused(run, tmp_path):
+    GPT2Config(**{**LARGE, "vocab_size": 50_257}).save_pretrained(tmp_path / "large")
+    named = (
+        "model.config=null",
+        f"model.name_or_path={tmp_path / 'large'}",
+        "--gpu=h100-80gb",
+        "--nodes=8",
+        "--gbps-between-nodes=1",
+    )
+    sent = {}
+    for more in ("train.max_steps=9", "model.lora.rank=16", "model.lora={rank: 16, quantize: nf4}"):
+        text = scaled(run, *named, more).stdout
+        lines = re.findall(r"^  (zero\d) +64 .* ([\d.]+) +\d+%$", text, flags=re.MULTILINE)
+        sent[more] = {name: float(seconds) for name, seconds in lines}
+    whole, lora, packed = sent.values()
+    assert whole["zero1"] > 4 * lora["zero1"] > 0
+    assert set(lora) == {"zero1", "zero2", "zero3"}
+    assert set(packed) == {"zero1", "zero2"}
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--gpu=h100-80gb", "train.sequence_parallel=2"], "train.sequence_parallel: 2: --scale does not reckon with"),
         ([], "--scale: which GPU? Name it with --gpu: a10-24gb, "),
         (["--gpu=48gb"], "--gpu '48gb': its speed is not known, only its memory; --scale needs one of a10-24gb"),
         (["--gpu=h100-8gb"], "did you mean h100-80gb?"),

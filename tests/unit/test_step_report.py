@@ -84,6 +84,12 @@ def test_of_several_ranks_the_least_and_the_most():
     assert said.endswith("(of rank 0)")
 
 
+def test_ranks_that_share_rows_are_told_as_one_reader_of_them():
+    said = text(*(replace(found(), sharers=2) for _ in range(2)))
+    assert "x 1 times 2 processes that share rows" in said
+    assert " 640 tokens/s on 2 ranks" in said
+
+
 def test_steps_that_were_cut_say_so():
     assert (
         "note: the run's own steps have 240 micro-batches: what a step does once (optimizer) is 120 times less"
