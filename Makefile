@@ -20,7 +20,7 @@ docs: install  ## The documentation as a site in build/docs; a warning (a page w
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 unit: install  ## Seconds: every module, every error
-	$(BIN)/python -m pytest tests/unit sft_dist launch docs_hooks.py
+	$(BIN)/python -m pytest -n auto tests/unit sft_dist launch docs_hooks.py
 
 dist: install  ## Real ranks on gloo: exactness, elasticity, whole runs that must be equal
 	$(BIN)/python -m pytest tests/dist tests/invariants
@@ -35,7 +35,7 @@ chaos: install  ## An hour of it: 220 lives killed, signalled, starved and damag
 	$(BIN)/python -m tests.chaos.driver --lives 220 --json benchmarks/results/chaos.json
 
 e2e: install  ## What the README says, executed
-	$(BIN)/python -m pytest tests/e2e
+	$(BIN)/python -m pytest -n auto --dist loadfile tests/e2e
 
 install: $(VENV)/.installed
 

