@@ -1,9 +1,9 @@
-"""The loss of a run whose products are in 8 bits beside the same run's in 16, and beside what another order of the rows changes.
+"""The loss of a run whose products are in 8 bits beside the same run's in 16, and beside what another seed changes.
 
 python benchmarks/fp8.py [--steps 150] [--width 128] [--json benchmarks/results/fp8.json]
 
 A small Llama from scratch on the slice of WikiText-2 that is shipped, trained by `sft-dist train` on one process: in bf16, with
-`train.fp8` (on a CPU the rounding is emulated, on an H100 it is the real thing), and in bf16 with another seed of the order, whose
+`train.fp8` (on a CPU the rounding is emulated, on an H100 it is the real thing), and in bf16 with another seed (first weights and order), whose
 distance is what such a difference is to be held against. Told is the validation loss; seconds are told on a GPU only.
 """
 
@@ -23,7 +23,7 @@ import torch
 from pack import machine
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = {"bf16": [], "fp8": ["train.fp8=true"], "bf16, another order": ["train.seed=1"]}
+RUNS = {"bf16": [], "fp8": ["train.fp8=true"], "bf16, another seed": ["train.seed=1"]}
 
 
 def overrides(given: argparse.Namespace, folder: Path) -> list[str]:
@@ -98,7 +98,7 @@ def main() -> None:
         print(f"{step:>22}" + "".join(f"{of['validation_loss'][step]:>22.4f}" for of in found.values()))
     last = {name: list(of["validation_loss"].values())[-1] for name, of in found.items()}
     off = {name: last[name] / last["bf16"] - 1 for name in last}
-    print(f"at the end fp8 is {off['fp8']:+.2%} from bf16, another order {off['bf16, another order']:+.2%}")
+    print(f"at the end fp8 is {off['fp8']:+.2%} from bf16, another seed {off['bf16, another seed']:+.2%}")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if gpu:
         print(f"{gpu}: " + ", ".join(f"{name} {of['step_seconds']:.3f} s a step" for name, of in found.items()))

@@ -2,10 +2,10 @@
 
 python benchmarks/scaling.py [--ranks 2 4] [--json benchmarks/results/scaling.json]
 
-What a row, the optimizer and the network take is measured in the same run and given to the model: of one rank, steps of two and of eight
-micro-batches (their difference is the products, what is left the optimizer and what Python takes), and of each number of ranks an
-all-reduce by gloo. Ranks that share a core share its speed: products then take ranks / cores times as long. What is foretold is the
-step on more ranks than one; nothing is fitted to it.
+What a row, the optimizer and the network take is measured in the same run and given to the model: of as many worlds of one rank, all at
+once, because ranks here share cores and memory, steps of two and of eight micro-batches (their difference is the products, what is left
+the optimizer and what Python takes), and of each number of ranks an all-reduce by gloo. What is foretold is the step of the ranks together;
+nothing is fitted to it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,16 @@ ROWS = 2  # of a micro-batch
 OPTIMIZER_BYTES = 36  # of a parameter in fp32, as the model counts
 
 
-def timed(topology: Topology, stage: int, micro_batches: int, steps: int, width: int) -> dict[str, Any]:
-    """Median seconds of a step of so many micro-batches a rank, and the parameters."""
+def timed(
+    topology: Topology, stage: int, micro_batches: int, steps: int, width: int, start: float = 0.0
+) -> dict[str, Any]:
+    """Median seconds of a step of so many micro-batches a rank, from the time `start` on, and the parameters."""
     tiny.MODELS["gpt2"] = {"model_type": "gpt2", "n_layer": 4, "n_embd": width, "n_head": 4}
     count = micro_batches * ROWS * topology.world_size
     rows = {"micro_batch_rows": ROWS, "global_batch_rows": count}
     made, comms = tiny.engine(topology, stage, **rows)
     tiny.learn(made, comms, range(2))
+    time.sleep(max(0.0, start - time.time()))
     seconds = []
     for number in range(steps):
         comms.sum([0])  # together
@@ -47,6 +51,14 @@ def timed(topology: Topology, stage: int, micro_batches: int, steps: int, width:
         seconds.append(time.perf_counter() - started)
     parameters = sum(getattr(one, "ds_numel", one.numel()) for one in made.deepspeed.module.parameters())
     return {"seconds": statistics.median(seconds), "parameters": parameters}
+
+
+def apart(worlds: int, *about: int) -> dict[str, Any]:
+    """The same of so many ranks that know nothing of one another, at the same time: the slowest."""
+    with ThreadPoolExecutor(worlds) as pool:
+        start = time.time() + 4.0 + worlds  # all are built by then
+        made = list(pool.map(lambda _: run_workers(timed, 1, *about, start)[0], range(worlds)))
+    return max(made, key=lambda one: one["seconds"])
 
 
 def rate(topology: Topology, parameters: int, repeats: int) -> float:
@@ -66,21 +78,20 @@ def rate(topology: Topology, parameters: int, repeats: int) -> float:
 
 def measure(stages: list[int], all_ranks: list[int], steps: int, width: int) -> list[dict[str, Any]]:
     """A line a stage and number of ranks: foretold and measured seconds, and the error."""
-    cores, lines = len(os.sched_getaffinity(0)), []
+    lines = []
     for stage in stages:
-        few, many = (run_workers(timed, 1, stage, count, steps, width)[0] for count in (2, 8))
-        of_row = (many["seconds"] - few["seconds"]) / (6 * ROWS)
-        rest = few["seconds"] - 2 * ROWS * of_row
-        if min(of_row, rest) <= 0:
-            sys.exit(
-                f"stage {stage}: one rank took {few['seconds']:.3f} s for two micro-batches and {many['seconds']:.3f} s for eight: the machine is "
-                "too busy to tell products from the rest; repeat it on an idle one, or with more --steps"
-            )
         for ranks in all_ranks:
-            shared = max(1.0, ranks / cores)
+            few, many = (apart(ranks, stage, count, steps, width) for count in (2, 8))
+            of_row = (many["seconds"] - few["seconds"]) / (6 * ROWS)
+            rest = few["seconds"] - 2 * ROWS * of_row
+            if min(of_row, rest) <= 0:
+                sys.exit(
+                    f"stage {stage}: a rank took {few['seconds']:.3f} s for two micro-batches and {many['seconds']:.3f} s for eight: the machine "
+                    "is too busy to tell products from the rest; repeat it on an idle one, or with more --steps"
+                )
             per_second = run_workers(rate, ranks, few["parameters"], 5)[0]
             job = Job(
-                few["parameters"], few["parameters"], 0 if stage < 3 else few["parameters"], shared * of_row, ROWS, "fp32", 1.0,
+                few["parameters"], few["parameters"], 0 if stage < 3 else few["parameters"], of_row, ROWS, "fp32", 1.0,
                 OPTIMIZER_BYTES * few["parameters"] / rest,
             )  # fmt: skip
             network = Network(per_second / ATTAINED, per_second / ATTAINED, ranks)
@@ -106,7 +117,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--stages", type=int, nargs="+", choices=[1, 2, 3], default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--width", type=int, default=256, help="of the model")
+    parser.add_argument("--width", type=int, default=512, help="of the model")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     if min(chosen.ranks) < 2:

@@ -68,9 +68,7 @@ def test_a_busy_machine_and_one_rank_say_nothing_of_scaling(monkeypatch):
     import scaling
 
     monkeypatch.setattr(scaling, "run_workers", lambda *given: [{"seconds": 1.0, "parameters": 9}])
-    with pytest.raises(
-        SystemExit, match=r"stage 2: one rank took 1\.000 s for two micro-batches and 1\.000 s for eight"
-    ):
+    with pytest.raises(SystemExit, match=r"stage 2: a rank took 1\.000 s for two micro-batches and 1\.000 s for eight"):
         scaling.measure([2], [2], 1, 64)
     monkeypatch.setattr(sys, "argv", ["scaling.py", "--ranks", "1", "2"])
     with pytest.raises(SystemExit, match=r"--ranks \[1, 2\]: one rank is the model's own measure; name 2 or more"):

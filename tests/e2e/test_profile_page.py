@@ -21,7 +21,7 @@ def test_the_page_does_what_it_shows(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
     said = forked(f"{profile} --steps 1 train.attention=by_document", folder)
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")} == before, "the run is left alone"
-    assert "1 steps of 8 rows = 4 a micro-batch x 2 accumulated x 1 process;" in said
+    assert "1 step of 8 rows = 4 a micro-batch x 2 accumulated x 1 process;" in said
     told = {
         name: float(share) for name, share in re.findall(r"^  (\S.*?) +[\d,.]+ +(\d+\.\d)%$", said, flags=re.MULTILINE)
     }
