@@ -94,6 +94,8 @@ def model(plan: Plan, *, with_weights: bool = True) -> tuple[Any, Any]:
     built = build(wanted, made, seed=config.train.seed, gradient_checkpointing=config.train.gradient_checkpointing)
     if config.train.mlp_tile_tokens is not None:
         tile_mlp(built, config.train.mlp_tile_tokens)
+    if config.train.fp8 and with_weights:
+        fp8.use(built, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return built, made
 
 
@@ -207,9 +209,7 @@ def write_run_files(plan: Plan, made: Any) -> None:
 
 
 def engine(plan: Plan, model: Any, comms: Comms) -> Engine:
-    """The model under ZeRO, its products in 8 bits if that is wanted."""
-    if plan.config.train.fp8:
-        fp8.use(model, comms.device)
+    """The model under ZeRO."""
     train, sharers = plan.config.train, plan.config.train.sequence_parallel
     shared = Shared(plan.topology.rank % sharers, sharers, comms.sharers(sharers)) if sharers > 1 else None
     return Engine(model, plan.zero, train, plan.batch, plan.topology, comms.device, len(plan.shards_dirs), shared)

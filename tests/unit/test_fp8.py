@@ -11,9 +11,14 @@ import torch
 from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from launch import parts
+from launch.settle import Plan
 from sft_dist import fp8
 from sft_dist.attention import leak, packed_logits
+from sft_dist.config import load
 from sft_dist.errors import ModelError
+from sft_dist.topology import Life, Topology
+from tests.unit.prepared_runs import run_file
 
 CPU = torch.device("cpu")
 
@@ -78,6 +83,14 @@ def test_who_has_no_such_layer_is_told():
     config = AutoConfig.for_model("gpt2", vocab_size=300, n_layer=1, n_embd=32, n_head=2)
     with pytest.raises(ModelError, match=r"train\.fp8: GPT2LMHeadModel has no torch\.nn\.Linear in its layers"):
         fp8.use(AutoModelForCausalLM.from_config(config), CPU)
+
+
+def test_that_is_told_before_any_process_group_and_planned_without_it(shards, tmp_path):
+    run = run_file(tmp_path, shards / "out", shards / "sms", train__precision="bf16", train__fp8=True)
+    made = Plan.of(load(run), Topology(), Life("test"))
+    with pytest.raises(ModelError, match="GPT-2's are not of that kind"):
+        parts.model(made)
+    assert parts.model(made, with_weights=False)[0] is not None
 
 
 def test_a_gpu_that_cannot_is_told(monkeypatch):
