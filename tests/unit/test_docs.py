@@ -155,3 +155,26 @@ def test_the_numbers_of_the_page_on_packing_are_those_measured():
         in page
     )
     assert f"leaves {100 - 100 * sms['runs']['padded']['fill']:.0f} % of the arithmetic to padding" in page
+
+
+def test_the_numbers_on_speed_are_those_measured():
+    page, names = (
+        (ROOT / "docs" / "speed.md").read_text(),
+        {"trl": "TRL `SFTTrainer`, packing", "bare": "its head and kernel, no DeepSpeed"},
+    )
+    names |= {"plain": "plain PyTorch loop", "fsdp2": "the same under FSDP2", "trainer": "HF Trainer"}
+    names |= {f"zero{stage}": f"**sft-dist, ZeRO {stage}**" for stage in range(3)}
+    rows = []
+    for name, of in result("train_step")["shapes"]["text"]["results"].items():
+        rows.append(
+            f"| {names[name]} | {of['tokens_per_second']:,.0f} | {of['cpu_seconds']:.1f} | {of['peak_mib']:,.0f} |"
+        )
+    for name, of in result("train_step_h100")["shapes"]["text"]["results"].items():
+        cells = f"{of['tokens_per_second']:,.0f} | {100 * of['mfu']:.1f} % | {of['peak_mib']:,.0f} | {of['attention']}"
+        rows.append(f"| {names[name]} | {cells} |")
+    of_runs = [of["validation_loss"] for of in result("fp8")["runs"].values()]
+    rows += [f"| {step} | {' | '.join(f'{of[step]:.3f}' for of in of_runs)} |" for step in ("0", "150")]
+    assert [row for row in rows if row not in page] == []
+    errors = [case["error"] for case in result("scaling")["cases"]]
+    told = f"{-100 * max(errors):.0f} to {-100 * min(errors):.0f} % shorter than real ones"
+    assert told in " ".join((ROOT / "docs" / "plan.md").read_text().split())
