@@ -500,7 +500,11 @@ def may_mount() -> bool:
 def campaigns(
     lives: int, seed: int, say: Callable[[str], None], per_campaign: int = 12, planned: Mapping[int, str] | None = None
 ) -> dict[str, Any]:
-    """So many lives in campaigns of `per_campaign`, every second one elastic; the summary. `planned`: of some lives, by number."""
+    """So many lives in campaigns of `per_campaign`, every second one elastic; the summary.
+
+    `planned`: violence by the number of the life from which on it is done, once there is something to do it to.
+    """
+    waiting = dict(planned or {})
     draw, done, kinds = random.Random(seed), [], Counter()
     has_disk, number = may_mount(), 0
     with tempfile.TemporaryDirectory(prefix="chaos-") as made:
@@ -510,7 +514,10 @@ def campaigns(
             with campaign.ready():
                 for _ in range(min(per_campaign, lives - number)):
                     number += 1
-                    life = campaign.one_life(number, (planned or {}).get(number))
+                    due = next((first for first in sorted(waiting) if first <= number), number)
+                    life = campaign.one_life(number, waiting.get(due))
+                    if life.violence.startswith(waiting.get(due, "nothing")):
+                        del waiting[due]
                     kinds[re.sub(r" \(.*\)", "", life.violence)] += 1
                     say(life.line)
                     if life.to_step >= STEPS:
