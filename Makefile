@@ -11,7 +11,7 @@ OUT := runs/sms-spam
 quickstart: install  ## The whole line on real data: prepare, train on 2 processes, evaluate, export, reload
 	@PATH="$(abspath $(BIN)):$$PATH" bash examples/sms-spam/quickstart.sh $(RUN) $(OUT)
 
-test: install lint docs unit dist slurm chaos-slice e2e  ## Everything that must pass, in about 45 minutes on 2 cores
+test: install lint docs unit dist slurm chaos-slice e2e  ## Everything that must pass, in about 47 minutes on 2 cores
 
 lint: install  ## The checks of .pre-commit-config.yaml on all files that git knows; they change none
 	@PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files --show-diff-on-failure

@@ -22,10 +22,8 @@ from sft_dist.loss import target_log_probs
 _NONE = torch.empty(0, dtype=torch.int64)
 _SLICE = 8192  # rows of the head's gradient that 16-bit products are added to at a time
 _BUCKET = 64  # the number of places is rounded up to a multiple of it: few shapes
-_ALIGNED = {
-    "cuda": 64,
-    "cpu": 1,
-}  # 16-bit products of a vocabulary such as 50,257 miss a GPU's fast kernels: it is padded
+# 16-bit products whose sides are no multiples of 8, such as 50,257, miss a GPU's fast kernels: the vocabulary is padded
+_ALIGNED = {"cuda": 64, "cpu": 1}
 _IN_ONE_PASS = {"cuda": True, "cpu": False}  # whether softmax makes the exponentials: a GPU waits for memory
 _PART_BYTES = {"cuda": 1 << 29, "cpu": 1 << 25}  # of fp32 logits at a time: a GPU wants large products, a CPU its cache
 
@@ -113,7 +111,7 @@ class Logits(NamedTuple):
         return cls(scale, getattr(config, "final_logit_softcapping", None) or 0.0)
 
     def made(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Logits, a new tensor: [places, vocab] of hidden states [places, width]; in fp32."""
+        """Logits in fp32, a new tensor: [places, vocab] of hidden states [places, width]."""
         made = F.linear(hidden, weight, bias).float()
         made = made.mul_(self.scale) if self.scale != 1.0 else made
         return made.div_(self.cap).tanh_().mul_(self.cap) if self.cap else made

@@ -42,6 +42,7 @@ def test_on_a_gpu_its_own_clock_is_read_and_only_when_the_seconds_are_taken(monk
     assert (len(read), stopwatch.take()) == (2, 0.0)
 
 
+# no test may need a GPU: without one the events are stood in for, above
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_stopwatch_reads_the_clock_of_a_gpu():
     device = torch.device("cuda")
