@@ -151,7 +151,7 @@ def bare(task: Task, marks: Marks) -> dict[str, Any]:
 
     def use(name: str) -> None:
         kernels.use(model, name)
-        head.wants_documents = name != "sdpa"
+        head.wants_documents = kernels.knows_documents(name)
 
     def logits(*rows: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from sft_dist import evaluate as measure
 from sft_dist.errors import ConfigError
 from sft_dist.export import ABOUT, read_run
+from sft_dist.kernels import TRUTH
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -38,7 +39,7 @@ def opened(model: str) -> tuple[Any, str, dict[str, str]]:
     _require_no_slip(Path(model))
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            model, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+            model, use_safetensors=True, trust_remote_code=False, attn_implementation=TRUTH
         ).eval()
     except (OSError, ValueError) as error:
         raise ConfigError(

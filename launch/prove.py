@@ -13,7 +13,7 @@ from sft_dist.comms import Comms
 from sft_dist.engine import Engine
 from sft_dist.errors import ConfigError, ModelError
 from sft_dist.head import targets_at
-from sft_dist.kernels import candidates, differentiated, narrowed
+from sft_dist.kernels import candidates, differentiated, knows_documents, narrowed
 from sft_dist.long_rows import Shared
 
 if TYPE_CHECKING:
@@ -29,29 +29,34 @@ def proven(plan: Plan, engine: Engine, comms: Comms) -> str:
     def worst(movement: float) -> float:
         return largest(*comms.gather(movement))
 
-    everywhere = comms.gather(kernel_names(plan))
+    truth = engine.deepspeed.module.config._attn_implementation  # as the model was built
+    everywhere = comms.gather(kernel_names(plan, truth))
     names = [name for name in everywhere[0] if all(name in there for there in everywhere)]
     vocab_size, is_16_bit = plan.shards.manifest.vocab_size, plan.config.train.precision != "fp32"
     model = engine.deepspeed.module
     is_fp8 = plan.config.train.fp8
     with narrowed(model, WINDOW), fp8.in_16_bits(model) if is_fp8 else nullcontext():
-        kernel, moved, passed_over = choose(
-            names,
-            engine.use_kernel,
-            engine.logits,
-            vocab_size,
-            is_16_bit=is_16_bit,
-            differentiated=lambda: differentiated(model),
-            worst=worst,
+        kernel, moved, passed_over = engine.head.kept_apart(
+            lambda: choose(
+                names,
+                engine.use_kernel,
+                engine.logits,
+                vocab_size,
+                is_16_bit=is_16_bit,
+                differentiated=lambda: differentiated(model),
+                worst=worst,
+            )
         )
     if is_fp8 and not (by_others := worst(leak(engine.logits, vocab_size)[0])) <= 3e-2:  # also of NaN
         raise ModelError(
             f"train.fp8: logits of a document move by {by_others:.1e} of the largest when others are packed beside it; leave it out"
         )
     if plan.config.train.attention not in ("auto", kernel):
-        raise ConfigError(f"train.attention: {passed_over[0]}. Use auto, or sdpa, which every model has")
-    if engine.shared is not None and kernel == "sdpa":
-        raise ConfigError(f"train.sequence_parallel: {passed_over[0]}, and sdpa cannot see parts of rows; leave it out")
+        raise ConfigError(f"train.attention: {passed_over[0]}. Use auto, or {truth}, which this model has")
+    if engine.shared is not None and not knows_documents(kernel):
+        raise ConfigError(
+            f"train.sequence_parallel: {passed_over[0]}, and {kernel} cannot see parts of rows; leave it out"
+        )
     head = engine.head.check(engine.scores, engine.logits, vocab_size, is_16_bit=is_16_bit, worst=worst)
     if engine.shared is not None:
         off = worst(_shared_error(engine, engine.shared, vocab_size))
@@ -61,6 +66,8 @@ def proven(plan: Plan, engine: Engine, comms: Comms) -> str:
                 "of a row than its tokens one by one and attention; leave it out"
             )
         kernel += f", rows shared by {engine.shared.count} ranks (log-probabilities off by {off:.0e})"
+    if engine.head.makes_masks and not knows_documents(kernel):
+        kernel += ", its masks made here, since this model forgets where documents begin"
     told = [f"packed documents kept apart (logits move {moved:.0e})", f"attention: {kernel}; {head}"]
     if is_fp8:
         told.append(fp8.told(model))
@@ -82,11 +89,11 @@ def _shared_error(engine: Engine, shared: Shared, vocab_size: int) -> float:
     return (part - expected)[labels >= 0].abs().max().item()
 
 
-def kernel_names(plan: Plan) -> list[str]:
-    """Kernels of attention to be tried, the truth last; the run file's own one alone before it."""
+def kernel_names(plan: Plan, truth: str = "sdpa") -> list[str]:
+    """Kernels of attention to be tried, the `truth` last; the run file's own one alone before it."""
     wanted, is_16_bit = plan.config.train.attention, plan.config.train.precision != "fp32"
     if plan.config.train.sequence_parallel > 1 and wanted == "auto":
         wanted = "varlen" if torch.cuda.is_available() and is_16_bit else "by_document"
     if wanted == "auto":
-        return candidates("cuda" if torch.cuda.is_available() else "cpu", is_16_bit=is_16_bit)
-    return ["sdpa"] if wanted == "sdpa" else [wanted, "sdpa"]
+        return candidates("cuda" if torch.cuda.is_available() else "cpu", is_16_bit=is_16_bit, truth=truth)
+    return [truth] if wanted == truth else [wanted, truth]

@@ -163,7 +163,7 @@ class Engine:
     def use_kernel(self, name: str) -> None:
         """Attention by a kernel of `sft_dist.kernels`."""
         kernels.use(self.deepspeed.module, name)
-        self.head.wants_documents = name != "sdpa"
+        self.head.wants_documents = kernels.knows_documents(name)
 
     def fragments(self) -> Iterator[layout.Fragment]:
         """This rank's live views of the fp32 masters and moments."""

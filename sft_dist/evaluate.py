@@ -19,7 +19,7 @@ import torch
 
 from sft_dist import document_losses
 from sft_dist.answers import Sampling
-from sft_dist.attention import packed_logits
+from sft_dist.attention import packed_logits, prove_isolation
 from sft_dist.comms import Comms
 from sft_dist.data.loader import Loader, MicroBatch
 from sft_dist.data.mixture import Joined
@@ -271,7 +271,7 @@ def same_tokenizer(shards: Shards | Joined, fingerprint: str, model: str) -> Non
 
 
 def alone(model: Any, device: torch.device) -> tuple[Forward, Comms]:
-    """A plain model as a function, and the world of one that it lives in."""
+    """A plain model as a function, and the world of one that it lives in; ModelError where packed documents see each other."""
     model = model.to(device).eval()
     head = Head(model)
 
@@ -283,5 +283,7 @@ def alone(model: Any, device: torch.device) -> tuple[Forward, Comms]:
     def logits(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return packed_logits(model, tokens.to(device), positions.to(device))
 
-    head.check(forward, logits, model.config.vocab_size, is_16_bit=model.dtype != torch.float32)
+    about = {"vocab_size": model.config.vocab_size, "is_16_bit": model.dtype != torch.float32}
+    head.kept_apart(lambda: prove_isolation(logits, kernel=model.config._attn_implementation, **about))
+    head.check(forward, logits, **about)
     return forward, Comms(Topology(), device)

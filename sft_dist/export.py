@@ -23,6 +23,7 @@ from sft_dist.data.tokenise import Tokenizer, prompt_ids
 from sft_dist.data.work import template_for
 from sft_dist.errors import CheckpointError, ConfigError, OtherCheckpointError
 from sft_dist.files import publish
+from sft_dist.kernels import TRUTH
 from sft_dist.layout import Fragment, kept, whole
 from sft_dist.manifest import masters, read_manifest
 from sft_dist.model import build
@@ -85,7 +86,7 @@ def unfilled(path: Path) -> PreTrainedModel:
     wanted = read(path / "run.yaml").model
     if wanted.lora is None:
         return AutoModelForCausalLM.from_config(
-            made, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+            made, dtype=torch.float32, attn_implementation=TRUTH, trust_remote_code=False
         )
     model = build(wanted, made, seed=0, gradient_checkpointing=False)
     if adapter.base_digest(model) != read_manifest(path)["identity"]["base"]:
@@ -222,7 +223,7 @@ def _opened(folder: Path, trained: Trained, is_merged: bool) -> Any:
         dtype=trained.model.dtype,
         use_safetensors=True,
         trust_remote_code=False,
-        attn_implementation="sdpa",
+        attn_implementation=TRUTH,
     ).eval()
 
 

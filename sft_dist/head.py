@@ -9,16 +9,18 @@ backward pass but the gradient of the head, which is summed in fp32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sft_dist.kernels import documents_of
+from sft_dist.errors import ModelError
+from sft_dist.kernels import documents_of, masks_of
 from sft_dist.long_rows import Shared
 from sft_dist.loss import target_log_probs
 
+_T = TypeVar("_T")
 _NONE = torch.empty(0, dtype=torch.int64)
 _SLICE = 8192  # rows of the head's gradient that 16-bit products are added to at a time
 _BUCKET = 64  # the number of places is rounded up to a multiple of it: few shapes
@@ -249,6 +251,8 @@ class Head:
         self._kind, self._part = Logits.of(model.config), part
         self.wants_documents = False
         """Whether the attention kernel is told where documents begin."""
+        self.makes_masks = False
+        """Whether the masks of the other kernels are made here."""
         self.is_whole = model.base_model is model
         """Whether the model's own logits are taken, all of them: right for every model, and large."""
         # on the modules themselves: ZeRO 3 gathers the weight for the head's forward, and names stay what they are
@@ -276,6 +280,18 @@ class Head:
             f"(log-probabilities at target tokens only would be off by {error:.0e})"
         )
 
+    def kept_apart(self, prove: Callable[[], _T]) -> _T:
+        """What `prove` gives; where it raises ModelError, once more with masks that are made here."""
+        try:
+            return prove()
+        except ModelError as error:
+            self.makes_masks = True
+            try:
+                return prove()
+            except (ModelError, RuntimeError, TypeError, ValueError, KeyError):  # a model may not take them
+                self.makes_masks = False
+                raise error from None
+
     def _called(
         self,
         *args: Any,
@@ -288,6 +304,8 @@ class Head:
     ) -> Any:
         if self.wants_documents:
             more |= documents_of(more["position_ids"], num_documents)
+        elif self.makes_masks:
+            more["attention_mask"] = masks_of(self._model.config, more["position_ids"], self._model.dtype)
         if shared is not None:  # attention wants to know of it
             more |= {name: shared.part(more[name]) for name in ("input_ids", "position_ids")} | {"shared": shared}
         if places is None:

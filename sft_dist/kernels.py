@@ -9,17 +9,22 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+from transformers import PretrainedConfig
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
 
 from sft_dist.long_rows import Shared, enough_heads
 
 ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout")  # what transformers' families call that of attention weights
+TRUTH = None
+"""What to ask transformers for: sdpa with a mask, or `eager`, a model's own way, where that cannot compute it (Gemma 2, gpt-oss)."""
 _BUCKET = 64  # the number of documents is rounded up to a multiple of it, by empty ones: few shapes
 _WINDOWS = ("sliding_window", "attention_chunk_size")  # what transformers' masks and layers read
 _OWN = "sft_dist_"  # before the names of ours, which transformers must not take for its own
@@ -40,6 +45,15 @@ def documents_of(positions: torch.Tensor, num_documents: int | None = None) -> d
     bounds = begins.nonzero_static(size=size, fill_value=positions.numel()).flatten().int()
     length = positions.shape[1]
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}
+
+
+def masks_of(config: PretrainedConfig, positions: torch.Tensor, dtype: torch.dtype) -> Any:
+    """Masks of packed rows as a model takes them: one, or one for each kind of layer.
+
+    Families make theirs themselves, and some (gpt-oss, OPT) forget `positions`, int64 [rows, length], on the way.
+    """
+    shape_alone = torch.empty((*positions.shape, 0), dtype=dtype, device=positions.device)
+    return create_masks_for_generate(config, shape_alone, None, None, position_ids=positions)
 
 
 def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, **more: Any) -> Any:
@@ -135,28 +149,46 @@ def _registered(name: str) -> str:
     return _OWN + name
 
 
-def candidates(device_type: str, *, is_16_bit: bool) -> list[str]:
-    """Kernels that can run on a device, the fastest first; the slow truth is the last.
+def candidates(device_type: str, *, is_16_bit: bool, truth: str = "sdpa") -> list[str]:
+    """Kernels that can run on a device, the fastest first; the slow `truth` is the last.
 
     >>> candidates("cpu", is_16_bit=False)
     ['sdpa']
     """
     if device_type != "cuda" or not is_16_bit:
-        return ["sdpa"]
+        return [truth]
     wheels = [name for name, wheel in _FLASH.items() if importlib.util.find_spec(wheel)]
-    return [*wheels, "varlen", "sdpa"]
+    return [*wheels, "varlen", "flex_attention", truth]
 
 
 def draws_dropout(name: str) -> bool:
     """Whether a kernel can drop attention weights; transformers asks flash attention 3 for none without a word."""
-    return _OURS[name][0] if name in _OURS else name != "flash_attention_3"
+    return _OURS[name][0] if name in _OURS else name not in ("flash_attention_3", "flex_attention")
+
+
+def knows_documents(name: str) -> bool:
+    """Whether a kernel is told where documents begin; the others take a mask.
+
+    >>> [knows_documents(name) for name in ("varlen", "flash_attention_2", "flex_attention", "sdpa")]
+    [True, True, False, False]
+    """
+    return name in _OURS or name in _FLASH
+
+
+def _own_of_family(module: torch.nn.Module, *arguments: Any, **more: Any) -> Any:
+    """`eager`: the function that a family's file defines beside its layers, by a name that all have in common."""
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *arguments, **more)
+
+
+def _called(name: str) -> Callable[..., Any]:
+    return _own_of_family if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
 
 
 @contextlib.contextmanager
 def watched(model: PreTrainedModel, around: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
     """Within it the kernel that the layers of a model call runs inside an `around()`."""
     name = model.config._attn_implementation
-    kernel = ALL_ATTENTION_FUNCTIONS[name]
+    kernel = _called(name)
 
     def attend(*arguments: Any, **more: Any) -> Any:
         with around():
@@ -198,7 +230,7 @@ def differentiated(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     These are drawn, the same for every kernel, in the shapes that come; no parameter has part in it, and none gets a gradient.
     """
     name, found = model.config._attn_implementation, list[torch.Tensor]()
-    kernel = ALL_ATTENTION_FUNCTIONS[name]
+    kernel = _called(name)
 
     def attend(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **more: Any
@@ -224,6 +256,7 @@ def use(model: PreTrainedModel, name: str) -> None:
     dropouts = {key: value for key in ATTENTION_DROPOUTS if (value := getattr(model.config, key, 0))}
     if dropouts and not draws_dropout(name):  # a proof in evaluation mode would not see it
         raise ValueError(f"it draws no dropout, and the model has {dropouts}")
-    model.set_attn_implementation(_registered(name))
-    if name != "sdpa" and model.config._attn_implementation == "sdpa":  # transformers only warns
+    before, wanted = model.config._attn_implementation, _registered(name)
+    model.set_attn_implementation(wanted)
+    if model.config._attn_implementation == before != wanted:  # transformers only warns
         raise ValueError("this model's layers do not let their kernel be set")

@@ -11,9 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from sft_dist import adapter
+from sft_dist import adapter, kernels
 from sft_dist.errors import ModelError
-from sft_dist.kernels import ATTENTION_DROPOUTS
 from sft_dist.layers import Recompute, recompute
 from sft_dist.schema import LoraConfig, ModelConfig
 
@@ -78,7 +77,7 @@ def build(
         torch.manual_seed(seed)
         model = _load(
             lambda: AutoModelForCausalLM.from_config(
-                made, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+                made, dtype=dtype, attn_implementation=kernels.TRUTH, trust_remote_code=False
             ),
             f"model_type {made.model_type!r}",
         )
@@ -90,7 +89,7 @@ def build(
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
-                attn_implementation="sdpa",
+                attn_implementation=kernels.TRUTH,
             ),
             str(config.name_or_path),
         )
@@ -104,7 +103,7 @@ def build(
 
 def without_attention_dropout(made: PretrainedConfig) -> None:
     """For kernels that draw none: attention weights are not dropped, the other dropouts stay."""
-    for name in ATTENTION_DROPOUTS:
+    for name in kernels.ATTENTION_DROPOUTS:
         if getattr(made, name, 0):
             _log.warning(
                 "note: model.%s %g becomes 0: the attention kernel draws none; set model.dropout to keep it",

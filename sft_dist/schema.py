@@ -298,8 +298,11 @@ class TrainConfig(Section):
     """Clip the global gradient norm to this; null: no clipping."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Compute precision; masters, accumulation and reduction are fp32 always. fp16 (GPU only) scales the loss by itself."""
-    attention: Literal["auto", "sdpa", "varlen", "by_document", "flash_attention_2", "flash_attention_3"] = "auto"
-    """Kernel for packed rows; `auto`: the fastest one here that is proven at the start. All but sdpa do no work between documents."""
+    attention: Literal[
+        "auto", "sdpa", "varlen", "by_document", "flash_attention_2", "flash_attention_3", "flex_attention", "eager"
+    ] = "auto"
+    """Kernel for packed rows; `auto`: the fastest one here that is proven at the start. All but sdpa and eager, a model's own way, do no
+    work between documents."""
     gradient_checkpointing: Annotated[Literal[False, True, "selective", "offload"], BeforeValidator(_no_number)] = False
     """Recompute activations in the backward pass. `true`: the least memory, a third more compute; `selective`: matrix products that are
     dear and attention are kept, half of that; `offload`: as `true`, and what is kept waits in the memory of the host."""
@@ -329,8 +332,9 @@ class TrainConfig(Section):
             raise ValueError("exactly one of global_batch_rows and global_batch_samples is needed; add or remove one")
         if self.epochs is None and self.max_steps is None:
             raise ValueError("one of epochs and max_steps is needed; add for example epochs: 3")
-        if self.sequence_parallel > 1 and (self.compile or self.attention == "sdpa"):
-            raise ValueError("sequence_parallel goes with neither compile nor attention: sdpa; leave one out")
+        if self.sequence_parallel > 1 and (self.compile or self.attention in ("sdpa", "flex_attention", "eager")):
+            what = "compile" if self.compile else f"attention: {self.attention}"
+            raise ValueError(f"sequence_parallel does not go with {what}; leave one out")
         if self.compile and self.gradient_checkpointing == "offload":
             raise ValueError("compile and gradient_checkpointing: offload exclude each other; leave one out")
         if self.fp8 and self.precision != "bf16":

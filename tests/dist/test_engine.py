@@ -290,7 +290,7 @@ def proven_shared(topology, exchange, names):
         made.shared = dataclasses.replace(made.shared, exchange=exchange)
     train = SimpleNamespace(precision="fp32", attention="auto", sequence_parallel=2, fp8=False)
     shards = SimpleNamespace(manifest=SimpleNamespace(vocab_size=tiny.VOCAB))
-    prove.kernel_names = lambda plan: names
+    prove.kernel_names = lambda plan, truth: names
     try:
         return prove.proven(SimpleNamespace(config=SimpleNamespace(train=train), shards=shards), made, comms)
     except (ModelError, ConfigError) as error:
@@ -330,11 +330,11 @@ def chosen(topology, wrong_rank):
     def fails(*arguments, **more):
         raise RuntimeError("no kernel image is available")
 
-    prove.kernel_names = lambda plan: there
+    prove.kernel_names = lambda plan, truth: there
     said = [attention()]
-    prove.kernel_names = lambda plan: there[topology.rank == wrong_rank :]
+    prove.kernel_names = lambda plan, truth: there[topology.rank == wrong_rank :]
     said.append(attention())
-    prove.kernel_names = lambda plan: there
+    prove.kernel_names = lambda plan, truth: there
     draws, kernel = kernels._OURS["by_document"]
     if topology.rank == wrong_rank:
         kernels._OURS["by_document"] = (draws, fails)

@@ -345,8 +345,12 @@ CROSS_FIELD = [
         "train: compile and gradient_checkpointing: offload exclude each other; leave one out",
     ),
     (
-        {"train": {"global_batch_rows": 8, "epochs": 1, "sequence_parallel": 2, "attention": "sdpa"}},
-        "train: sequence_parallel goes with neither compile nor attention: sdpa; leave one out",
+        {"train": {"global_batch_rows": 8, "epochs": 1, "sequence_parallel": 2, "attention": "flex_attention"}},
+        "train: sequence_parallel does not go with attention: flex_attention; leave one out",
+    ),
+    (
+        {"train": {"global_batch_rows": 8, "epochs": 1, "sequence_parallel": 2, "compile": True}},
+        "train: sequence_parallel does not go with compile; leave one out",
     ),
     (
         {"train": {"global_batch_rows": 8, "epochs": 1, "fp8": True, "precision": "fp32"}},

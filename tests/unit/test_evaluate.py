@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from sft_dist.answers import Prompt, Sampling, answers, own_prompts, prompts
 from sft_dist.attention import packed_logits
@@ -14,8 +15,17 @@ from sft_dist.data.shards import write
 from sft_dist.data.template import template_from
 from sft_dist.data.tokenise import Tokenizer
 from sft_dist.document_losses import distribution
-from sft_dist.errors import DataError
-from sft_dist.evaluate import Evaluator, Measured, forgetting, held_out, held_out_loss, open_shards, same_tokenizer
+from sft_dist.errors import DataError, ModelError
+from sft_dist.evaluate import (
+    Evaluator,
+    Measured,
+    alone,
+    forgetting,
+    held_out,
+    held_out_loss,
+    open_shards,
+    same_tokenizer,
+)
 from sft_dist.head import scores_of
 from sft_dist.labels import LabelTask, confusion, label_metrics, label_scores
 from sft_dist.metrics import Metrics
@@ -406,3 +416,19 @@ def test_what_has_been_answered_at_a_step_is_not_answered_again_at_its_end(comms
 )
 def test_forgetting_is_judged_by_how_much_the_perplexity_rose(before, after, most, told):
     assert forgetting(before, after, most) == told
+
+
+def test_a_model_alone_is_measured_only_where_documents_are_kept_apart(monkeypatch):
+    config = OPTConfig(
+        vocab_size=50, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, max_position_embeddings=64
+    )  # fmt: skip
+    plain = AutoModelForCausalLM.from_config(config).eval()  # whose mask forgets where documents begin
+    forward, _ = alone(plain, torch.device("cpu"))
+    tokens = torch.randint(50, (1, 12), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    packed = forward(tokens, positions, torch.tensor([6]), torch.tensor([3])).log_probs
+    apart = forward(tokens[:, 5:], positions[:, 5:], torch.tensor([1]), torch.tensor([3])).log_probs
+    torch.testing.assert_close(packed, apart)
+    monkeypatch.setattr("sft_dist.head.masks_of", lambda *about: None)
+    with pytest.raises(ModelError, match="packed documents see each other with attention 'sdpa'"):
+        alone(AutoModelForCausalLM.from_config(config), torch.device("cpu"))

@@ -1,16 +1,19 @@
 import functools
 import itertools
+import shutil
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from sft_dist import kernels
 from sft_dist.attention import WINDOW, choose, packed_logits
 from sft_dist.errors import ModelError
 from sft_dist.head import Head
 from sft_dist.kernels import candidates, documents_of, draws_dropout, use
-from sft_dist.model import without_attention_dropout
+from sft_dist.model import build, model_config, without_attention_dropout
+from sft_dist.schema import ModelConfig
 
 VOCAB = 50
 WIDE = {
@@ -34,7 +37,7 @@ def made(family):
 
 def put(model, head, name):
     use(model, name)
-    head.wants_documents = name != "sdpa"
+    head.wants_documents = kernels.knows_documents(name)
 
 
 def varlen_by_hand(query, key, value, bounds, bounds_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
@@ -57,9 +60,26 @@ def varlen_by_hand(query, key, value, bounds, bounds_k, max_q, max_k, *, scale, 
     return out
 
 
-@pytest.fixture(params=["by_document", "varlen"])
+def flex_not_compiled(monkeypatch):
+    """torch's own dense reading of masks and scores in place of its kernels, which have no backward pass on a CPU."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *states: None)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(
+        "transformers.integrations.flex_attention.compile_friendly_flex_attention",
+        lambda *states, training, **more: flex_attention(*states, **more),
+    )
+    mask_not_compiled(monkeypatch)
+
+
+def mask_not_compiled(monkeypatch):
+    own = masking_utils.create_block_mask
+    monkeypatch.setattr(masking_utils, "create_block_mask", lambda **about: own(**about | {"_compile": False}))
+
+
+@pytest.fixture(params=["by_document", "varlen", "flex_attention"])
 def kernel(request, monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
+    flex_not_compiled(monkeypatch)
     return request.param
 
 
@@ -67,6 +87,10 @@ def kernel(request, monkeypatch):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_documents_in_rows_are_as_documents_alone(family, kernel, checkpointing):
     model, head = made(family)
+    if (family, kernel) == ("gpt2", "flex_attention"):  # transformers has it not
+        with pytest.raises(ValueError, match="does not support"):
+            put(model, head, kernel)
+        return
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -198,6 +222,92 @@ def test_a_kernel_whose_gradient_is_wrong_is_passed_over(monkeypatch):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+# whose attention sdpa does not compute: a soft cap of scores, sinks
+_ODD = {
+    "gemma2": WIDE | {"head_dim": 8, "sliding_window": 4},
+    "gpt_oss": WIDE | {"head_dim": 8, "sliding_window": 4, "num_local_experts": 2, "num_experts_per_tok": 1},
+}  # fmt: skip
+# which forget, on the way to the mask, where documents begin
+_FORGETFUL = {"gpt_oss": _ODD["gpt_oss"], "opt": {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32}}  # fmt: skip
+
+
+def built(family, sizes):
+    wanted = ModelConfig(config={"model_type": family, **sizes}, dropout=0.0)
+    plain = model_config(wanted, vocab_size=VOCAB, seq_len=32, eos_id=0)
+    return build(wanted, plain, seed=0, gradient_checkpointing=False).eval()
+
+
+def test_a_model_that_sdpa_cannot_compute_has_its_own_way_and_flex(monkeypatch):
+    flex_not_compiled(monkeypatch)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
+    model = built("gemma2", _ODD["gemma2"])
+    assert model.config._attn_implementation == "eager"
+    name, moved, passed_over = pick(model, Head(model), ["sdpa", "varlen", "flex_attention", "eager"])
+    assert (name, moved < 1e-5) == ("flex_attention", True)
+    assert [line.split(":")[0] for line in passed_over] == [
+        "attention 'sdpa' cannot be used",
+        "attention 'varlen' cannot be used",
+    ]
+    monkeypatch.setattr(  # a kernel that forgets the cap
+        "transformers.integrations.flex_attention.compile_friendly_flex_attention",
+        lambda *states, training, score_mod, **more: flex_attention(*states, **more),
+    )
+    model.config.attn_logit_softcapping = 0.01
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = 0.01
+    name, _, passed_over = pick(model, Head(model), ["flex_attention", "eager"])
+    assert name == "eager"
+    assert "is wrong for this model" in passed_over[0]
+
+
+@pytest.mark.parametrize("family", _ODD | _FORGETFUL)
+def test_documents_are_as_documents_alone_whatever_a_family_forgets(family):
+    model = built(family, (_ODD | _FORGETFUL)[family])
+    head, truth = Head(model), model.config._attn_implementation
+    assert head.kept_apart(lambda: pick(model, head, [truth]))[0] == truth
+    assert head.makes_masks == (family in _FORGETFUL)
+    tokens = torch.randint(1, VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
+    positions = torch.stack([torch.cat([torch.arange(one) for one in row]) for row in ([7, 1, 8], [16])])
+    whole = packed_logits(model, tokens, positions)
+    for row, begin, end in ((0, 0, 7), (0, 8, 16), (1, 0, 16)):
+        document = tokens[row : row + 1, begin:end]
+        head.makes_masks = False
+        alone = model(input_ids=document, use_cache=False).logits  # by the model's own mask
+        torch.testing.assert_close(whole[row, begin:end], alone[0])
+
+
+def test_a_model_that_takes_no_masks_either_is_refused():
+    model = built("llama", WIDE)
+    head = Head(model)
+    tries = []
+
+    def leaks():
+        tries.append(head.makes_masks)
+        if head.makes_masks:
+            raise TypeError("no masks, please")
+        raise ModelError("packed documents see each other")
+
+    with pytest.raises(ModelError, match="packed documents see each other"):
+        head.kept_apart(leaks)
+    assert (tries, head.makes_masks) == ([False, True], False)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles flex attention, with a C++ compiler")
+def test_flex_as_torch_compiles_it(monkeypatch):
+    """Its forward pass on a CPU; rows of several blocks of 128 tokens."""
+    mask_not_compiled(monkeypatch)  # which takes longer
+    config = AutoConfig.for_model("gemma2", vocab_size=VOCAB, head_dim=16, **WIDE | {"num_hidden_layers": 1})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    tokens = torch.randint(VOCAB, (1, 300), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(one) for one in (70, 1, 229)])[None]
+    expected = packed_logits(model, tokens, positions)
+    use(model, "flex_attention")
+    torch.testing.assert_close(packed_logits(model, tokens, positions), expected)
+    with torch.enable_grad(), pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+        packed_logits(model, tokens, positions)
+
+
 @torch.no_grad()
 def test_where_not_even_the_truth_keeps_documents_apart_the_model_is_refused():
     model, _ = made("llama")
@@ -215,9 +325,14 @@ def test_which_kernels_there_are(monkeypatch):
     assert candidates("cpu", is_16_bit=True) == ["sdpa"]
     assert candidates("cuda", is_16_bit=False) == ["sdpa"]
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name == "flash_attn")
-    assert candidates("cuda", is_16_bit=True) == ["flash_attention_2", "varlen", "sdpa"]
-    draw = [name for name in ("sdpa", "by_document", "varlen", *kernels._FLASH) if draws_dropout(name)]
-    assert draw == ["sdpa", "by_document", "flash_attention_2"]
+    assert candidates("cuda", is_16_bit=True, truth="eager") == [
+        "flash_attention_2",
+        "varlen",
+        "flex_attention",
+        "eager",
+    ]
+    every = ("sdpa", "eager", "by_document", "varlen", "flex_attention", *kernels._FLASH)
+    assert [name for name in every if draws_dropout(name)] == ["sdpa", "eager", "by_document", "flash_attention_2"]
 
 
 def test_dropout_that_a_kernel_cannot_draw_is_told(caplog):
@@ -228,7 +343,7 @@ def test_dropout_that_a_kernel_cannot_draw_is_told(caplog):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["varlen", "flash_attention_3"])
+@pytest.mark.parametrize("name", ["varlen", "flash_attention_3", "flex_attention"])
 def test_a_kernel_without_dropout_is_not_taken_for_a_model_with_it(name, monkeypatch):
     model, head = made("gpt2")
     model.config.attn_pdrop = 0.1
