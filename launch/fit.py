@@ -95,8 +95,9 @@ def all_choices(plan: Plan, model: Model, card: Gpu | None) -> list[Choice]:
     world_size = plan.topology.world_size
     of_step = plan.batch.global_batch_rows // plan.batch.world_size
     rows = plan.batch.micro_batch_rows
-    own = plan.config.train.gradient_checkpointing
-    return list(choices(model, zeros, card, world_size=world_size, rows_per_rank=of_step, rows=rows, own=own))
+    train = plan.config.train
+    about = {"own": train.gradient_checkpointing, "is_compiled": train.compile}
+    return list(choices(model, zeros, card, world_size=world_size, rows_per_rank=of_step, rows=rows, **about))
 
 
 def needed(plan: Plan, model: Model) -> Parts:

@@ -11,11 +11,12 @@ from pathlib import Path
 from launch import parts
 from launch.fit import all_choices, model_of, needed
 from launch.settle import Plan
+from sft_dist import layers
 from sft_dist.batch import num_steps
 from sft_dist.config import read
 from sft_dist.errors import ConfigError
 from sft_dist.gpus import GIB, Gpu, gpu, names
-from sft_dist.layers import SPEED, Recompute
+from sft_dist.layers import Recompute
 from sft_dist.metrics import read_lines
 from sft_dist.plan import ERROR, Choice, Model, advice
 from sft_dist.retention import list_folders
@@ -136,7 +137,8 @@ def _flops_per_second(plan: Plan, card: Gpu | None, options: Options) -> tuple[f
     peak = card.flops(plan.config.train.precision) if card else None
     if card is None or peak is None:
         return None, ""
-    share = SPEED[plan.config.train.gradient_checkpointing]
+    train = plan.config.train
+    share = layers.speed(train.gradient_checkpointing, is_compiled=train.compile)
     mfu = options.mfu * share
     less = f", of which recomputation takes {1 - share:.0%}" if share < 1 else ""
     return peak * mfu, f"if {options.mfu:.0%} of {card.name}'s {peak / 1e12:,.0f} TFLOP/s are used (--mfu{less})"

@@ -195,7 +195,7 @@ class Engine:
 
     def _scores(self, micro_batch: Any, factor: float, fed: torch.Tensor, set_sums: torch.Tensor | None) -> Scores:
         tokens, targets, positions = (
-            getattr(micro_batch, name).to(self.device) for name in ("tokens", "targets", "positions")
+            getattr(micro_batch, name).to(self.device, non_blocking=True) for name in ("tokens", "targets", "positions")
         )
         is_fed_here = self.shared is None or self.shared.index == 0
         if len(micro_batch.rows) and is_fed_here:  # else it is one row of padding, to keep the other ranks company
@@ -206,7 +206,7 @@ class Engine:
         scores = scores_at(self.deepspeed, tokens, positions, places, labels, **about)
         if set_sums is not None:  # a by-product: the loss that is optimised does not depend on it
             rows = places // (tokens.shape[1] // (self.shared.count if self.shared else 1))
-            set_sums += sums_by_set(scores.log_probs, labels, micro_batch.sets.to(self.device)[rows], self.num_sets)
+            set_sums += sums_by_set(scores.log_probs, labels, micro_batch.sets.to(self.device, non_blocking=True)[rows], self.num_sets)
         return scores
 
     def _fed(self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -19,10 +19,20 @@ Recompute = Literal[False, True, "selective", "offload"]
 compute and small to keep; `offload`, what goes into it, in the memory of the host."""
 SPEED: dict[Recompute, float] = {False: 1.0, "selective": 0.85, True: 0.75, "offload": 0.75}
 """What is left of it: a forward pass is a third of a step, and a little more than half of its products are the wide ones."""
+_SELECTIVE_BY_HAND = 0.7  # GPT-2's step on an H100: 0.254 s, beside 0.240 of True (benchmarks/results/layer_policies_h100.json)
 _PRODUCTS = {
     torch.ops.aten.mm.default: (0, 1),
     torch.ops.aten.addmm.default: (1, 2),
 }  # and which arguments are the factors
+
+
+def speed(how: Recompute, *, is_compiled: bool) -> float:
+    """`SPEED`; in layers that are not compiled the host asks of each operator whether to keep what it makes, and is waited for.
+
+    >>> speed("selective", is_compiled=True), speed("selective", is_compiled=False), speed(True, is_compiled=False)
+    (0.85, 0.7, 0.75)
+    """
+    return _SELECTIVE_BY_HAND if how == "selective" and not is_compiled else SPEED[how]
 
 
 def layers_of(model: torch.nn.Module, count: int) -> list[torch.nn.Module]:
@@ -105,7 +115,9 @@ def _tiled(plain: Callable[[torch.Tensor], torch.Tensor], tokens: int, hidden: t
 
 
 def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> list[str]:
-    """Let torch compile the layers for learning; evaluation, whose shapes are many, is as before. Returns their classes' names.
+    """Let torch compile the layers for learning, for the most rows that come; fewer, and evaluation, are as before.
+
+    Returns their classes' names.
 
     A layer is one graph, the same for all: under ZeRO 3 its weights must be gathered as a whole, outside of it.
     Raises ModelError where the model's layers cannot be told from its other parts.
@@ -123,9 +135,15 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> list[st
 
 
 def _either(layer: torch.nn.Module, plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    most_rows = 0
+
     def forward(*args: Any, **more: Any) -> Any:
-        if not layer.training:
+        nonlocal most_rows
+        rows = len(args[0] if args else more["hidden_states"])
+        # a run's last micro-batch may have fewer rows, and a rank without any is fed one: a graph of their own is not worth its minute
+        if not layer.training or rows < most_rows:
             return plain(*args, **more)
+        most_rows = rows
         if "cu_seq_lens_q" in more:  # of documents there are as many as there are: no new graph for them
             torch._dynamo.maybe_mark_dynamic(more["cu_seq_lens_q"], 0)
         try:

@@ -13,7 +13,7 @@ from sft_dist.errors import ConfigError, ModelError
 from sft_dist.flops import flops_per_row, matmul_parameters
 from sft_dist.gpus import GIB, Gpu
 from sft_dist.head import part_places
-from sft_dist.layers import SPEED, Recompute
+from sft_dist.layers import Recompute, speed
 from sft_dist.memory import Parts, Size, Traced, parts
 from sft_dist.schema import ModelConfig
 
@@ -116,6 +116,7 @@ class Choice:
     rows: int
     parts: Parts
     largest: int | None
+    speed: float
     stage: int = 0
     is_offloaded: bool = False
 
@@ -126,7 +127,7 @@ class Choice:
         return (
             self.is_offloaded,
             (self.largest or 0) < 2,
-            -SPEED[self.checkpointing],
+            -self.speed,
             self.stage,
             -(self.largest or 0),
         )
@@ -141,6 +142,7 @@ def choices(
     rows_per_rank: int,
     rows: int | None,
     own: Recompute = False,
+    is_compiled: bool = False,
 ) -> Iterator[Choice]:
     """Every DeepSpeed file, each with all, part and nothing of what layers make kept; `rows` of a micro-batch, None: the largest that fits, or one;
     `own`: a further way of recomputation."""
@@ -154,7 +156,8 @@ def choices(
             largest = model.largest(zero, gpu, rows_per_rank=rows_per_rank, **common) if gpu is not None else None
             used = rows or largest or 1
             made = model.parts(zero, rows=used, **common)
-            yield Choice(name, checkpointing, used, made, largest, stage, is_offloaded)
+            share = speed(checkpointing, is_compiled=is_compiled)
+            yield Choice(name, checkpointing, used, made, largest, share, stage, is_offloaded)
 
 
 def require_fit(made: Parts, gpu: Gpu, what: str, advice: str) -> str | None:

@@ -44,13 +44,13 @@ def _reference(topology, kind):
     [
         (0, 2, {"micro_batch_rows": 2}),
         (1, 2, {"micro_batch_rows": 2}),
-        (2, 2, {"micro_batch_rows": 2}),
-        (3, 2, {"micro_batch_rows": 2}),
+        (2, 2, {"micro_batch_rows": 2, "overlap": True}),
+        (3, 2, {"micro_batch_rows": 2, "overlap": True}),
         (2, 1, {"micro_batch_rows": 8}),
         (2, 4, {"micro_batch_rows": 1}),
-        (3, 1, {"micro_batch_rows": 1}),
-        (2, 2, {"micro_batch_rows": 4, "gradient_checkpointing": True}),
-        (3, 2, {"micro_batch_rows": 4, "gradient_checkpointing": "selective"}),
+        (3, 4, {"micro_batch_rows": 1, "kind": "qwen3"}),  # a rank has a row without targets
+        (2, 2, {"micro_batch_rows": 4, "kind": "mistral", "gradient_checkpointing": True}),
+        (3, 2, {"micro_batch_rows": 4, "kind": "gpt_neox", "gradient_checkpointing": "selective"}),
         (2, 2, {"micro_batch_rows": 4, "gradient_checkpointing": "offload", "kind": "llama"}),
         (2, 2, {"micro_batch_rows": 4, "kind": "llama"}),
         (3, 2, {"micro_batch_rows": 4, "kind": "llama"}),

@@ -21,15 +21,16 @@ from sft_dist.loss import target_log_probs
 from sft_dist.model import build, model_config
 
 ROWS, SEQ_LEN, VOCAB = 8, 16, 64
+_WIDE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 MODELS = {
     "mini": {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1},
     "slim": {"model_type": "gpt2", "n_layer": 1, "n_embd": 2, "n_head": 1},
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2},
-    "llama": {
-        "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1,
-    },
-}  # fmt: skip
+    "llama": {"model_type": "llama", "num_key_value_heads": 1, **_WIDE},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": 4, **_WIDE},
+    "gpt_neox": {"model_type": "gpt_neox", **_WIDE},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 1, "head_dim": 16, **_WIDE},
+}
 
 
 @dataclass
@@ -120,9 +121,10 @@ def engine(topology, stage: int | str, **more) -> tuple[Engine, Comms]:
     torch.set_num_threads(1)
     comms = Comms(topology, torch.device("cpu"))
     of_model = {name: more.pop(name) for name in ("kind", "dropout", "gradient_checkpointing", "lora") if name in more}
-    frozen = more.pop("frozen", ())
+    frozen, overlap = more.pop("frozen", ()), more.pop("overlap", False)
     config = train_config(**more)
     zero = zero_config(f"ds_configs/zero{stage}.json")
+    zero["zero_optimization"]["overlap_comm"] = overlap
     if config.precision == "fp16":  # DeepSpeed has it on GPUs only; the arithmetic is there on a CPU too
         from deepspeed.accelerator import get_accelerator
 

@@ -256,10 +256,10 @@ def test_advice_names_the_nearest_change_first():
 
     parts = Parts(weights=GIB)
     found = [
-        Choice("ds_configs/zero3.json", False, 8, parts, 4),
-        Choice("ds_configs/zero2.json", False, 8, parts, 2),
-        Choice("ds_configs/zero2.json", True, 8, parts, 8),
-        Choice("ds_configs/zero1.json", False, 8, parts, None),
+        Choice("ds_configs/zero3.json", False, 8, parts, 4, 1.0),
+        Choice("ds_configs/zero2.json", False, 8, parts, 2, 1.0),
+        Choice("ds_configs/zero2.json", True, 8, parts, 8, 0.75),
+        Choice("ds_configs/zero1.json", False, 8, parts, None, 1.0),
     ]
     assert advice(found, "ds_configs/zero2.json", False) == (
         "These fit: micro_batch_rows 2; or micro_batch_rows 4 and zero ds_configs/zero3.json"
@@ -267,6 +267,13 @@ def test_advice_names_the_nearest_change_first():
     assert advice([], "x", False).startswith("Nothing that is shipped fits")
     with pytest.raises(ConfigError, match=r"x: 10\.0 GiB are needed on a GPU of 8\.0 GiB \(weights 10\.0\)\. Do"):
         require_fit(Parts(weights=10 * GIB), gpu("8gb"), "x", "Do")
+
+
+def test_part_recomputation_is_taken_for_faster_only_where_layers_are_compiled(run):
+    for is_compiled, faster in ((False, True), (True, "selective")):
+        made = planned(run, f"train.compile={str(is_compiled).lower()}")
+        ways = [choice for choice in fit.all_choices(made, fit.model_of(made), gpu("80gb")) if "zero2.json" in choice.zero]
+        assert min((c for c in ways if c.checkpointing), key=lambda choice: choice.rank).checkpointing == faster
 
 
 def test_what_a_file_says_counts_and_not_its_name(run, tmp_path):

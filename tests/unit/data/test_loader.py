@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sft_dist.batch import with_last
 from sft_dist.data import loader as loader_module
 from sft_dist.data.loader import Loader, widen
 from sft_dist.data.shards import Manifest, Shards, row_dtype, write
@@ -135,3 +136,23 @@ def test_a_billion_rows_cost_no_memory_and_no_time_to_resume(tmp_path, monkeypat
 def resident_bytes():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
+
+
+def test_rows_are_on_their_way_to_the_device_before_they_are_asked_for(shards, monkeypatch):
+    """From pinned memory, without a wait; a micro-batch is copied before the one in front of it is learned."""
+    done = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: done.append("pinned") or self)
+    own = torch.Tensor.to
+
+    def to(self, kind, non_blocking=False):
+        if isinstance(kind, torch.device):
+            done.append("copied" if non_blocking else "waited")
+        return own(self, kind)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    loader = Loader(shards, Topology(), seed=0, micro_batch_rows=2, device=torch.device("meta"))
+    step = next(loader.steps(start=0, end=6, global_batch_rows=6))
+    for _ in with_last(step.micro_batches):
+        done.append("learned")
+    copy = ["pinned", "copied"]
+    assert done == [*copy, *copy, "learned", *copy, "learned", "learned"]
