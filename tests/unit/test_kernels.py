@@ -42,7 +42,7 @@ def put(model, head, name):
 
 def varlen_by_hand(query, key, value, bounds, bounds_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
     """What torch's kernel is documented to compute, one document at a time; it runs on GPUs only."""
-    assert bounds is bounds_k
+    assert torch.equal(bounds, bounds_k)
     assert (bounds.dtype, query.ndim) == (torch.int32, 3)
     left, right = window_size
     assert right == 0, "causal"
@@ -76,10 +76,32 @@ def mask_not_compiled(monkeypatch):
     monkeypatch.setattr(masking_utils, "create_block_mask", lambda **about: own(**about | {"_compile": False}))
 
 
-@pytest.fixture(params=["by_document", "varlen", "flex_attention"])
+def flash_by_hand(
+    query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False, window_size=(-1, -1)
+):  # fmt: skip
+    """What flash attention's wheels are documented to compute, of which transformers uses this function."""
+    assert causal
+    more = {"scale": softmax_scale, "window_size": (window_size[0], 0), "enable_gqa": query.shape[1] != key.shape[1]}
+    return varlen_by_hand(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **more)
+
+
+def flash_installed(monkeypatch):
+    """As if its wheels were; a call that does not tell where documents begin would fail."""
+    loader = "transformers.modeling_flash_attention_utils"
+    monkeypatch.setattr(f"{loader}._lazy_imports", lambda *names, **more: (None, flash_by_hand, None, None, None))
+    monkeypatch.setattr(f"{loader}._loaded_implementation", None)
+    # which it asks in fp32, that the wheels do not have
+    monkeypatch.setattr("transformers.integrations.flash_attention.get_target_dtype", lambda *states: None)
+    monkeypatch.setattr(
+        "transformers.modeling_utils.PreTrainedModel._flash_attn_can_dispatch", lambda self, *about, **more: True
+    )
+
+
+@pytest.fixture(params=["by_document", "varlen", "flex_attention", "flash_attention_2", "flash_attention_3"])
 def kernel(request, monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
     flex_not_compiled(monkeypatch)
+    flash_installed(monkeypatch)
     return request.param
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from types import SimpleNamespace
 
@@ -172,35 +173,75 @@ def test_compiled_layers_learn_the_same_by_one_graph(family, how, graphs):
 
 @torch.library.custom_op("sft_dist_tests::varlen", mutates_args=())
 def _varlen_op(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scale: float, window: int
 ) -> torch.Tensor:
     """What torch's kernel computes, as opaque to a compiler as that is."""
-    length = int(bounds.max())
+    length, more = int(bounds.max()), {"enable_gqa": query.shape[1] != key.shape[1]}
     return varlen_by_hand(
-        query, key, value, bounds, bounds, length, length, scale=scale, window_size=(-1, 0), enable_gqa=True
+        query, key, value, bounds, bounds, length, length, scale=scale, window_size=(window, 0), **more
     )
 
 
+@torch.library.custom_op("sft_dist_tests::varlen_backward", mutates_args=())
+def _varlen_backward(
+    of_made: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scale: float, window: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    groups = query.shape[1] // key.shape[1]
+    found = [
+        torch.zeros_like(state)
+        for state in (query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
+    ]
+    for begin, end in itertools.pairwise(bounds):
+        q, k, v, of = (
+            part[begin:end].transpose(0, 1)
+            for part in (query, *(one.repeat_interleave(groups, 1) for one in (key, value)), of_made)
+        )
+        behind = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
+        hidden = (behind < 0) | ((behind > window) if window >= 0 else False)
+        weights = (q @ k.mT * scale).masked_fill(hidden, -torch.inf).softmax(-1)
+        of_weights = of @ v.mT
+        of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * scale
+        for whole, part in zip(found, (of_scores @ k, of_scores.mT @ q, weights.mT @ of), strict=True):
+            whole[begin:end] = part.transpose(0, 1)
+    return found[0], *(one.unflatten(1, (-1, groups)).sum(2) for one in found[1:])
+
+
 _varlen_op.register_fake(lambda query, *more: torch.empty_like(query))
+_varlen_backward.register_fake(lambda of_made, *states_and_more: tuple(map(torch.empty_like, states_and_more[:3])))
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.about = inputs[4:]
+
+
+_varlen_op.register_autograd(
+    lambda ctx, of_made: (*_varlen_backward(of_made, *ctx.saved_tensors, *ctx.about), None, None, None),
+    setup_context=_keep,
+)
 
 
 def _as_torch_calls_it(query, key, value, bounds, bounds_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
-    return _varlen_op(query, key, value, bounds, scale)
+    return _varlen_op(query, key, value, bounds, scale, window_size[0])
 
 
-def test_no_number_of_documents_makes_a_second_graph(graphs, monkeypatch):
-    """One, two and 75 documents in a row, whose bounds are 64 and 128 numbers long."""
+@pytest.mark.parametrize(
+    ("family", "how"), [*((family, False) for family in FAMILIES), ("llama", True), ("mistral", "selective")]
+)
+def test_no_number_of_documents_makes_a_second_graph(family, how, graphs, monkeypatch):
+    """One, two and 75 documents in a row, whose bounds are 64 and 128 numbers long: by the kernel of a GPU, with its gradients."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _as_torch_calls_it)
-    model = made("llama")
+    still = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0} if family == "gpt2" else {}
+    model = made(family, **still)
     head = Head(model)
     every = [rows(150), rows(75, 75), rows(*[2] * 75), rows(100, 50)]
-    with torch.no_grad():  # of the kernel's stand-in
-        expected = [packed_logits(model, *batch) for batch in every]
-        kernels.use(model, "varlen")
-        head.wants_documents = True
-        compile_layers(model, backend="aot_eager")
-        for batch, right in zip(every, expected, strict=True):
-            torch.testing.assert_close(packed_logits(model, *batch), right)
+    expected = [gradients(model, *batch) for batch in every]
+    recompute(model, how)
+    kernels.use(model, "varlen")
+    head.wants_documents = True
+    compile_layers(model, backend="aot_eager")
+    for batch, right in zip(every, expected, strict=True):
+        assert off(gradients(model, *batch), right) < 1e-4
     assert graphs() == 1
 
 
