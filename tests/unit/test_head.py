@@ -3,11 +3,13 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft_dist import head as module
 from sft_dist.attention import packed_logits
 from sft_dist.head import Head, Logits, Scores, scores_at, scores_of, targets_at
+from sft_dist.layers import recompute
 from sft_dist.loss import target_log_probs
 
 VOCAB = 300
@@ -215,3 +217,28 @@ def test_scores_of_no_places_are_none():
     scores = scores_of(torch.zeros(1, 3, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long))
     assert isinstance(scores, Scores)
     assert (scores.loss.item(), len(scores.log_probs)) == (0.0, 0)
+
+
+class Products(TorchDispatchMode):
+    """How many matrix products gave numbers of the vocabulary."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and made.shape[-1] == VOCAB
+        return made
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_logits_are_never_made_again_where_layers_are(is_whole, batch):
+    """The head is not part of what is checkpointed; nor are all logits, where they are the way of a model."""
+    tokens, positions, targets = (part[:1] for part in batch)
+    model = made("llama").train()
+    recompute(model, True)
+    Head(model).is_whole = is_whole
+    count = int(targets.sum())
+    with Products() as seen:
+        scores_at(model, tokens, positions, *targets_at(tokens, targets, count)).loss.backward()
+    assert count <= 64, "one part"
+    assert seen.count == 1

@@ -272,7 +272,9 @@ def test_advice_names_the_nearest_change_first():
 def test_part_recomputation_is_taken_for_faster_only_where_layers_are_compiled(run):
     for is_compiled, faster in ((False, True), (True, "selective")):
         made = planned(run, f"train.compile={str(is_compiled).lower()}")
-        ways = [choice for choice in fit.all_choices(made, fit.model_of(made), gpu("80gb")) if "zero2.json" in choice.zero]
+        ways = [
+            choice for choice in fit.all_choices(made, fit.model_of(made), gpu("80gb")) if "zero2.json" in choice.zero
+        ]
         assert min((c for c in ways if c.checkpointing), key=lambda choice: choice.rank).checkpointing == faster
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from pathlib import Path
@@ -12,8 +13,11 @@ import yaml
 from launch import fit, init
 from launch.plan import Options
 from launch.settle import Plan
+from sft_dist import memory
 from sft_dist.config import load
-from sft_dist.gpus import gpu
+from sft_dist.gpus import GIB, gpu
+from sft_dist.model import model_config
+from sft_dist.schema import ModelConfig
 from sft_dist.topology import Life, Topology
 from tests.unit.prepared_runs import sft_dist
 
@@ -59,6 +63,27 @@ def without_hub(text):
     return [f"model={found[0]}"] if found else []
 
 
+def _as_pages_say(name, needed, world_size):
+    """What docs/speed.md tells of the presets for long rows and for one GPU."""
+    told = {
+        "llama-8b-long": f"on {world_size} GPUs ({needed.total / GIB:.1f} GiB each, by",
+        "llama-8b-one-gpu": f"AdamW's state on the host ({math.ceil(needed.host / 1e10) * 10} GB there)",
+    }
+    assert told.get(name, "") in (ROOT / "docs" / "speed.md").read_text()
+
+
+def test_activations_are_as_the_page_on_speed_says():
+    wanted = ModelConfig(**yaml.safe_load(without_hub(init.preset("llama-8b"))[0].removeprefix("model=")))
+    made = model_config(wanted, vocab_size=128_256, seq_len=4096, eos_id=0)
+    about = {"rows": 1, "seq_len": 4096, "precision": "bf16"}
+    found = [
+        f"{memory.trace(wanted, made, checkpointing=way, **about).forward.bytes / GIB:.1f}"
+        for way in (False, "selective", True, "offload")
+    ]
+    told = "{} GiB without recomputation, {} with `selective`, {} with `true` and {} with `offload`".format(*found)
+    assert told in (ROOT / "docs" / "speed.md").read_text()
+
+
 @pytest.mark.parametrize("name", init.presets())
 def test_a_preset_fits_where_it_says(shards, name):
     text = init.preset(name)
@@ -75,7 +100,10 @@ def test_a_preset_fits_where_it_says(shards, name):
         card = gpu(of_machines.gpu)
         plan = Plan.of(config, topology, Life("test"), card=card, is_elsewhere=True)
         model = model or fit.model_of(plan)
-        total = fit.needed(plan, model).total
+        needed = fit.needed(plan, model)
+        total = needed.total
+        if not overrides:
+            _as_pages_say(name, needed, of_machines.world_size)
         assert total <= card.usable_bytes, (options, overrides, total / 2**30)
         is_offloaded = "offload_optimizer" in plan.zero["zero_optimization"]  # which wants long steps
         assert plan.batch.accumulation_steps <= 8 or is_offloaded
