@@ -96,8 +96,8 @@ def all_choices(plan: Plan, model: Model, card: Gpu | None) -> list[Choice]:
     of_step = plan.batch.global_batch_rows // plan.batch.world_size
     rows = plan.batch.micro_batch_rows
     train = plan.config.train
-    about = {"own": train.gradient_checkpointing, "is_compiled": train.compile}
-    return list(choices(model, zeros, card, world_size=world_size, rows_per_rank=of_step, rows=rows, **about))
+    of_run: dict[str, Any] = {"own": train.gradient_checkpointing, "is_compiled": train.compile}
+    return list(choices(model, zeros, card, world_size=world_size, rows_per_rank=of_step, rows=rows, **of_run))
 
 
 def needed(plan: Plan, model: Model) -> Parts:

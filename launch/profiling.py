@@ -22,7 +22,7 @@ if __package__ in (None, ""):  # started by path from a clone
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch import local
-from launch.settle import Plan
+from launch.settle import Plan, find_compiler
 from launch.step_report import Fed, Found, Setting, advice, told
 from sft_dist.config import load
 from sft_dist.errors import ConfigError, SftDistError
@@ -159,7 +159,7 @@ def profile(whole: Plan, options: Options) -> int:
     comms.close()
     if not found:
         return 0
-    advised = [f"  * {line}" for line in advice(found, _setting(plan, whole, planned))]
+    advised = [f"  * {line}" for line in advice(found, _setting(plan, whole, planned, is_compiled=is_compiled))]
     nothing = ["  none: no part stands out that a key of the run file would change"]
     if is_compiled:
         proven += "\nnote: profiled with train.compile=false, because the parts of a compiled layer cannot be told from one another"
@@ -198,8 +198,8 @@ def _found(plan: Plan, engine: Engine, comms: Comms, cost: Cost | None, num_step
     )
 
 
-def _setting(plan: Plan, whole: Plan, planned: Model) -> Setting:
-    """What of the run could be changed, on this machine."""
+def _setting(plan: Plan, whole: Plan, planned: Model, *, is_compiled: bool) -> Setting:
+    """What of the run could be changed, on this machine; `is_compiled`: as its file says, not as it was profiled."""
     from torch.cuda import is_available as has_gpu
 
     from launch import fit
@@ -214,8 +214,17 @@ def _setting(plan: Plan, whole: Plan, planned: Model) -> Setting:
             plan.zero, card, world_size=plan.topology.world_size, rows_per_rank=rows, checkpointing=checkpointing
         )
 
-    has_varlen, stage = has_gpu() and train.precision != "fp32", zero_stage(plan.zero)
-    return Setting(train.attention, has_varlen, stage, train.gradient_checkpointing, plan.batch, batch, largest)
+    return Setting(
+        attention=train.attention,
+        has_varlen=has_gpu() and train.precision != "fp32",
+        is_compiled=is_compiled,
+        can_compile=not is_compiled and has_gpu() and find_compiler() is not None and train.sequence_parallel == 1,
+        zero_stage=zero_stage(plan.zero),
+        checkpointing=train.gradient_checkpointing,
+        batch=plan.batch,
+        whole=batch,
+        largest=largest,
+    )
 
 
 def _publish(made: Path, trace: Path) -> None:

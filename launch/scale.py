@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from launch.plan import Options
 from launch.settle import Plan
 from sft_dist.errors import ConfigError
 from sft_dist.gpus import Gpu, gpu, names
-from sft_dist.layers import SPEED
+from sft_dist.layers import speed
 from sft_dist.plan import Model
 from sft_dist.scaling import ATTAINED, STOPS, Job, Network, Step, doublings, step, stops_at
 from sft_dist.schema import RunConfig
@@ -74,9 +76,8 @@ def run(config: RunConfig, options: Options, links: Links, say: Callable[[str], 
     )
     for line in _assumptions(plan, card, network, options):
         say(line)
-    kept = {
-        gpus: batch.global_batch_rows // batch.micro_batch_rows // gpus for gpus in doublings(options.world_size, MOST)
-    }
+    micro_batches, every = batch.global_batch_rows // batch.micro_batch_rows, doublings(options.world_size, MOST)
+    kept = {gpus: 0 if micro_batches % gpus else micro_batches // gpus for gpus in every}  # else `train` refuses it
     grown = dict.fromkeys(kept, batch.accumulation_steps)
     of_a_gpu = batch.accumulation_steps * batch.micro_batch_rows
     tables = [
@@ -95,10 +96,11 @@ def run(config: RunConfig, options: Options, links: Links, say: Callable[[str], 
         say(f"\n{title}:")
         for line in _table(made):
             say(line)
-        if accumulations is kept and max(is_divided) < MOST:
-            say(f"no further: {2 * max(is_divided):,} GPUs would have less than a micro-batch each; raise train.global_batch_rows, or lower "
-                "train.micro_batch_rows")  # fmt: skip
-        for line in _words(made):
+        ends_with_batch = max(is_divided) < max(accumulations)
+        if ends_with_batch:
+            say(f"no further: a step's {micro_batches:,} micro-batches cannot be handed out evenly to {2 * max(is_divided):,} GPUs; raise "
+                "train.global_batch_rows, or lower train.micro_batch_rows")  # fmt: skip
+        for line in _words(made, ends_with_batch=ends_with_batch):
             say(line)
 
 
@@ -131,16 +133,17 @@ def _card(options: Options) -> Gpu:
 def _zeros(plan: Plan) -> dict[str, Mapping[str, Any]]:
     """The run's own DeepSpeed file and the shipped ones, but offload, and what is refused: 16 bit at stage 0, nf4 at stage 3."""
     found = {plan.config.zero: plan.zero} | {name: zero_config(name) for name in shipped()}
-    sections = {name: zero.get("zero_optimization", {}) for name, zero in found.items()}
     is_fp32, lora = plan.config.train.precision == "fp32", plan.config.model.lora
     is_nf4 = lora is not None and lora.quantize is not None
     return {
         name: zero
         for name, zero in found.items()
-        if not sections[name].keys() & {"offload_optimizer", "offload_param"}
-        and (is_fp32 or zero_stage(zero))
-        and not (is_nf4 and zero_stage(zero) == 3)
+        if not _offloads(zero) and (is_fp32 or zero_stage(zero)) and not (is_nf4 and zero_stage(zero) == 3)
     }
+
+
+def _offloads(zero: Mapping[str, Any]) -> bool:
+    return bool(zero.get("zero_optimization", {}).keys() & {"offload_optimizer", "offload_param"})
 
 
 def _assumptions(plan: Plan, card: Gpu, network: Network, options: Options) -> Iterator[str]:
@@ -151,6 +154,9 @@ def _assumptions(plan: Plan, card: Gpu, network: Network, options: Options) -> I
         f"{8e-9 * network.within:,.0f} Gbit/s within a node (--gbps-within-node) and {8e-9 * network.between:,.0f} from a node to others "
         f"(--gbps-between-nodes), of which {ATTAINED:.0%} are attained"
     )
+    yield "efficiency: tokens/s of a GPU, 100% on the fewest GPUs that fit that very stage; stages are compared by tokens/s"
+    if _offloads(plan.zero):
+        yield f"{plan.config.zero} left out: offload is not reckoned"
 
 
 def _rows(
@@ -177,9 +183,10 @@ def _job(plan: Plan, model: Model, card: Gpu, section: Mapping[str, Any], option
     small = section.get("stage3_param_persistence_threshold", 100_000)
     persistent = sum(parameter.numel() for parameter in model.meta.parameters() if parameter.numel() <= small)
     documents = (plan.mixture or plan.shards.manifest).documents_per_row
+    share = speed(train.gradient_checkpointing, is_compiled=train.compile)
     return Job(
         model.size.parameters, model.size.trained, persistent, model.flops(documents) / (peak * options.mfu),
-        plan.batch.micro_batch_rows, train.precision, SPEED[train.gradient_checkpointing], card.memory_rate,
+        plan.batch.micro_batch_rows, train.precision, share, card.memory_rate,
     )  # fmt: skip
 
 
@@ -188,22 +195,48 @@ def _short(name: str) -> str:
 
 
 def _table(made: Mapping[str, list[Row]]) -> Iterator[str]:
-    yield f"  {'':10}{'GPUs':>6}{'micro-batches':>15}{'s a step':>11}{'tokens/s':>13}{'efficiency':>12}{'messages s':>12}{'hidden':>8}"
+    cells = [["", "GPUs", "micro-batches", "s a step", "tokens/s", "efficiency", "messages s", "hidden"]]
+    steps = [row.of_step for rows in made.values() for row in rows if row.of_step]
+    digits = _digits(one.seconds for one in steps), _digits(one.sent for one in steps)
     for name, rows in made.items():
         first = next((row for row in rows if row.of_step), None)
         for row in rows:
-            start = f"  {_short(name):10}{row.gpus:>6,}{row.accumulation:>15,}"
-            if row.of_step is None or first is None:
-                yield f"{start}   does not fit"
-                continue
-            share = row.tokens_per_second / row.gpus / (first.tokens_per_second / first.gpus)
-            sent = row.of_step.sent
-            hidden = f"{max(0.0, 1 - row.of_step.exposed / sent) + 0.0:>8.0%}" if sent else f"{'-':>8}"
-            yield f"{start}{row.of_step.seconds:>11,.3f}{row.tokens_per_second:>13,.0f}{share:>12.0%}{sent:>12,.3f}{hidden}"
+            cells.append([_short(name), f"{row.gpus:,}", f"{row.accumulation:,}", *_cells(row, first, *digits)])
+    widths = [max(map(len, column)) for column in itertools.zip_longest(*cells, fillvalue="")]
+    for name, *numbers in cells:
+        yield f"  {name:{widths[0]}}" + "".join(
+            f"  {text:>{width}}" for text, width in zip(numbers, widths[1:], strict=False)
+        )
 
 
-def _words(made: Mapping[str, list[Row]]) -> Iterator[str]:
-    """Where each stops, why, and which is the fastest."""
+def _cells(row: Row, first: Row | None, of_seconds: int, of_sent: int) -> list[str]:
+    """What is told of a step, its seconds with so many digits; `first`: of the fewest GPUs that fit its stage."""
+    if row.of_step is None or first is None:
+        return ["does not fit"]
+    seconds, sent = row.of_step.seconds, row.of_step.sent
+    share = row.tokens_per_second / row.gpus / (first.tokens_per_second / first.gpus)
+    hidden = f"{max(0.0, 1 - row.of_step.exposed / sent) + 0.0:.0%}" if sent else "-"
+    return [
+        f"{seconds:,.{of_seconds}f}", f"{row.tokens_per_second:,.0f}", f"{share:.0%}", f"{sent:,.{of_sent}f}", hidden
+    ]  # fmt: skip
+
+
+def _digits(numbers: Iterable[float]) -> int:
+    """Behind the point: three, or as many as leave the least of the numbers two that count.
+
+    >>> _digits([79.4, 0.055]), _digits([79.4, 0.00276, 0.0]), f"{0.00276:.{_digits([0.00276])}f}"
+    (3, 4, '0.0028')
+    """
+    least = min((number for number in numbers if number > 0), default=1.0)
+    return max(3, 1 - math.floor(math.log10(least)))
+
+
+def _seconds(number: float) -> str:
+    return f"{number:,.{_digits([number])}f} s"
+
+
+def _words(made: Mapping[str, list[Row]], *, ends_with_batch: bool) -> Iterator[str]:
+    """Where each stops, why, and which is the fastest; `ends_with_batch`: on more GPUs some would have no micro-batch."""
     for name, rows in made.items():
         there = {row.gpus: row for row in rows if row.of_step}
         if not there:
@@ -212,15 +245,21 @@ def _words(made: Mapping[str, list[Row]]) -> Iterator[str]:
         stop = stops_at({gpus: row.tokens_per_second for gpus, row in there.items()})
         if stop is None:
             if len(there) > 1:
-                yield f"{_short(name)} scales to {max(there):,} GPUs: each doubling gives {STOPS} times the tokens/s or more"
+                yield f"{_short(name)} {_goes_on(max(there), ends_with_batch)}: each doubling gives {STOPS} times the tokens/s or more"
             continue
         after = there[2 * stop].of_step
         assert after is not None
         yield (
-            f"{_short(name)} stops scaling at {stop:,} GPUs: on {2 * stop:,}, {after.exposed:,.2f} s of a step wait for messages, most of them for "
-            f"{after.largest}, beside {after.compute:,.2f} s of products (twice the GPUs give less than {STOPS} times the tokens/s)"
+            f"{_short(name)} stops scaling at {stop:,} GPUs: on {2 * stop:,}, {_seconds(after.exposed)} of a step wait for messages, most of "
+            f"them for {after.largest}, beside {_seconds(after.compute)} of products (twice the GPUs give less than {STOPS} times the tokens/s)"
         )
     yield from _best(made)
+
+
+def _goes_on(gpus: int, ends_with_batch: bool) -> str:
+    if ends_with_batch:
+        return f"still scales on {gpus:,} GPUs, where the batch ends (no more micro-batches to hand out)"
+    return f"scales to {gpus:,} GPUs"
 
 
 def _best(made: Mapping[str, list[Row]]) -> Iterator[str]:

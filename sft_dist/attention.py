@@ -19,6 +19,7 @@ Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """A model as a function: (tokens, positions), int64 [rows, length] each, to logits [rows, length, vocab]."""
 WINDOW = 4
 """A sliding window has to be as narrow as this for the proof to see it: each of its documents is longer."""
+_SENTENCE = 200  # characters of an error that are told: torch lists all its backends
 _LENGTHS = (7, 9, 5)  # three documents in the first of two rows, the other way round in the second; uneven, to show
 
 
@@ -92,6 +93,17 @@ def _off(measured: torch.Tensor, truth: torch.Tensor) -> float:
     return ((measured - truth).abs().max() / truth.abs().max().clamp_min(1e-6)).item()
 
 
+def _first_sentence(error: Exception) -> str:
+    """Of what it says, without its end, in 200 characters at most.
+
+    >>> _first_sentence(RuntimeError("no such kernel for torch 2.11. It is there for: [...]\\nat line 1"))
+    'no such kernel for torch 2.11'
+    """
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    sentence = line.split(". ")[0].rstrip(". ")
+    return sentence if len(sentence) <= _SENTENCE else f"{sentence[: _SENTENCE - 1]}…"
+
+
 def choose(
     names: Sequence[str],
     use: Callable[[str], None],
@@ -127,7 +139,7 @@ def choose(
             TypeError,
             KeyError,
         ) as error:  # it is not made for this GPU or model
-            mine, why = (math.inf,) * 2, f"cannot be used: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            mine, why = (math.inf,) * 2, f"cannot be used: {_first_sentence(error)}"
         moved, turned_by = (worst(number) for number in mine)
         if moved <= tolerance and turned_by <= tolerance:
             return name, moved, passed_over

@@ -19,7 +19,9 @@ Recompute = Literal[False, True, "selective", "offload"]
 compute and small to keep; `offload`, what goes into it, in the memory of the host."""
 SPEED: dict[Recompute, float] = {False: 1.0, "selective": 0.85, True: 0.75, "offload": 0.75}
 """What is left of it: a forward pass is a third of a step, and a little more than half of its products are the wide ones."""
-_SELECTIVE_BY_HAND = 0.7  # GPT-2's step on an H100: 0.254 s, beside 0.240 of True (benchmarks/results/layer_policies_h100.json)
+_SELECTIVE_BY_HAND = (
+    0.7  # GPT-2's step on an H100: 0.254 s, beside 0.240 of True (benchmarks/results/layer_policies_h100.json)
+)
 _PRODUCTS = {
     torch.ops.aten.mm.default: (0, 1),
     torch.ops.aten.addmm.default: (1, 2),

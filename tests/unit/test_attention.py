@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from sft_dist.attention import choose, leak, packed_logits, prove_isolation
+from sft_dist.attention import _first_sentence, choose, leak, packed_logits, prove_isolation
 from sft_dist.errors import ModelError
 
 SIZES = {"vocab_size": 50}
@@ -61,3 +61,33 @@ def test_a_document_alone_that_gives_no_numbers_is_refused():
     with pytest.raises(ModelError, match="with attention 'truth'"):
         choose(["fast", "truth"], taken.append, forward, 50, is_16_bit=False)
     assert taken == ["truth", "fast", "truth"]
+
+
+def test_of_an_error_of_torch_one_sentence_is_told():
+    """A kernel of another device: torch lists all its backends, a thousand characters of them."""
+    taken = []
+
+    @torch.no_grad()
+    def forward(tokens, positions):
+        if taken[-1] == "fast":
+            torch.ops.aten._flash_attention_forward(*[torch.ones(1, 2, 1, 8)] * 3, None, None, 2, 2, 0.0, False, False)
+        return torch.eye(50)[tokens]
+
+    kernel, _, [told] = choose(["fast", "truth"], taken.append, forward, 50, is_16_bit=False)
+    assert kernel == "truth"
+    assert told == (
+        "attention 'fast' cannot be used: Could not run 'aten::_flash_attention_forward' with arguments from the 'CPU' backend"
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("needs torch 2.11 or newer.", "needs torch 2.11 or newer"),
+        ("one line\nanother", "one line"),
+        ("", "RuntimeError"),
+        ("x" * 300, "x" * 199 + "…"),
+    ],
+)
+def test_what_is_told_of_an_error_is_short_and_has_no_end_of_its_own(said, told):
+    assert _first_sentence(RuntimeError(said)) == told

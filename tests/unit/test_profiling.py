@@ -83,6 +83,27 @@ def test_long_steps_are_cut_and_short_ones_are_not(run):
     assert profiling.cut(plan, 100).batch == plan.batch == Batch(64, 1, 64, 1)
 
 
+@pytest.mark.parametrize(
+    ("has_gpu", "compiler", "overrides", "can_compile"),
+    [
+        (True, "/bin/g++", [], True),
+        (True, None, [], False),
+        (False, "/bin/g++", [], False),
+        (True, "/bin/g++", ["train.compile=true"], False),  # it does
+        (True, "/bin/g++", ["train.sequence_parallel=2"], False),
+    ],
+)
+def test_what_could_be_compiled_is_told_by_the_run_and_the_machine(
+    run, monkeypatch, has_gpu, compiler, overrides, can_compile
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    monkeypatch.setattr(profiling, "find_compiler", lambda: compiler)
+    plan = Plan.of(load(run, overrides), Topology(world_size=2, local_world_size=2), Life("x"))
+    is_compiled = plan.config.train.compile
+    setting = profiling._setting(plan, plan, None, is_compiled=is_compiled)  # no model: memory is not asked for
+    assert (setting.is_compiled, setting.can_compile) == (is_compiled, can_compile)
+
+
 def test_a_trace_is_published_whole_and_what_was_there_is_kept(tmp_path):
     made = tmp_path / "made.json"
     made.write_text('{"traceEvents": []}')

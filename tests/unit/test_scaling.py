@@ -151,7 +151,7 @@ def test_the_tables(run):
     numbers = re.findall(r"^  (zero\d) +([\d,]+) +(\d+) +([\d.]+) +([\d,]+) +(\d+)%", grown, flags=re.MULTILINE)
     assert [gpus for name, gpus, *_ in numbers if name == "zero2"] == [f"{8 << n:,}" for n in range(10)]
     assert {name for name, *_ in numbers} == {"zero1", "zero2", "zero3"}, "no offload, and no 16 bit at stage 0"
-    assert "no further: 128 GPUs would have less than a micro-batch each; raise train.global_batch_rows" in kept
+    assert "micro-batches cannot be handed out evenly to 128 GPUs; raise train.global_batch_rows" in kept
     assert "100 from a node to others" in result.stdout
     assert re.search(r"^use zero=ds_configs/zero1.json on [\d,]+ ", grown, flags=re.MULTILINE)
     assert re.search(
@@ -163,6 +163,47 @@ def test_the_tables(run):
         "zero1 scales to 4,096 GPUs"
         in scaled(run, "--gpu=h100-80gb", "--gbps-between-nodes=1e9", "train.global_batch_rows=65536").stdout
     )
+
+
+def test_numbers_of_any_size_stand_apart_and_show_what_they_are(run):
+    """A model of a thousand parameters: over 1e9 tokens/s, steps and messages of microseconds."""
+    text = sft_dist(
+        "plan", run, "--scale", "--gpu=h100-80gb", "train.precision=bf16", "train.global_batch_rows=65536"
+    ).stdout
+    tables = [part.splitlines() for part in re.findall(r"^  .*\n(?:  .*\n)+", text, flags=re.MULTILINE)]
+    assert len(tables) == 2
+    for head, *rows in tables:
+        assert re.split(" {2,}", head)[1:] == [
+            "GPUs", "micro-batches", "s a step", "tokens/s", "efficiency", "messages s", "hidden"
+        ]  # fmt: skip
+        cells = [row.split() for row in rows]
+        assert {len(row) for row in cells} == {8}
+        assert {len(row) for row in rows} == {len(head)}
+        assert max(float(row[4].replace(",", "")) for row in cells) > 1e9
+        assert all(float(row[6]) > 0 for row in cells), "messages, of microseconds"
+    waits = re.findall(r"on [\d,]+, ([\d.]+) s of a step wait .* beside ([\d.]+) s of products", text)
+    assert waits
+    assert all(float(number) > 0 for pair in waits for number in pair)
+
+
+def test_a_batch_that_ends_is_not_told_as_where_scaling_does(run):
+    text = scaled(run, "--gpu=h100-80gb", "--mfu=0.001").stdout  # products take long: nobody waits for messages
+    kept, grown = text.split("\na batch ")[1:]
+    assert "zero1 scales to 4,096 GPUs: each doubling" in grown
+    assert "the batch ends" not in grown
+    ended = "zero1 still scales on 64 GPUs, where the batch ends (no more micro-batches to hand out): each doubling"
+    assert ended in kept
+    assert "scales to" not in kept
+
+
+def test_what_efficiency_is_of_and_an_offload_of_the_run_that_is_left_out_are_told(run):
+    plain = scaled(run, "--gpu=h100-80gb").stdout
+    assert "efficiency: tokens/s of a GPU, 100% on the fewest GPUs that fit that very stage" in plain
+    assert "left out" not in plain
+    for name in ("ds_configs/zero2_offload.json", "ds_configs/zero3_offload.json"):
+        text = scaled(run, "--gpu=h100-80gb", f"zero={name}").stdout
+        assert f"\n{name} left out: offload is not reckoned\n" in text
+        assert "offload  " not in text
 
 
 def test_what_does_not_fit_is_marked(run):
@@ -216,3 +257,10 @@ def test_mistakes_have_a_remedy(run, more, message):
 def test_scale_needs_a_run_file_and_links_need_scale(run):
     assert "which RUN.yaml?" in sft_dist("plan", "--scale", "--gpu=h100-80gb").stderr
     assert "are for --scale: add it" in sft_dist("plan", run, "--gbps-between-nodes=100").stderr
+
+
+def test_a_batch_that_more_gpus_cannot_share_evenly_ends_there(run):
+    told = scaled(run, "--gpu=h100-80gb", "train.global_batch_rows=24").stdout
+    kept = told.split("\na batch ")[1]
+    assert re.findall(r"^  zero2 +([\d,]+) ", kept, flags=re.MULTILINE) == ["8"]
+    assert "micro-batches cannot be handed out evenly to 16 GPUs" in kept

@@ -35,7 +35,7 @@ def found(*, lengths=(128,) * 4, recomputed=0.0, peak_bytes=None, not_applied=0,
 
 def setting(**more):
     values = {
-        "attention": "auto", "has_varlen": False, "zero_stage": 2, "checkpointing": False, "batch": BATCH, "whole": BATCH,
+        "attention": "auto", "has_varlen": False, "is_compiled": False, "can_compile": False, "zero_stage": 2, "checkpointing": False, "batch": BATCH, "whole": BATCH,
         "largest": lambda checkpointing: None,
     }  # fmt: skip
     return Setting(**{**values, **more})
@@ -61,6 +61,7 @@ def test_the_table_and_what_stands_below_it():
         "MFU: 25.0% of the 40.0 GFLOP/s that matrix products reach here (measured). The model computes 10.0 GFLOP/s"
         in said
     )
+    assert "its head at 50 targets a step," in said, "of the 100 of both"
     assert "memory, GiB more than before the steps, without a GPU: forward 2.000 at most" in said
     assert "computed again" not in said
     assert "waits for the GPU" not in said
@@ -98,6 +99,7 @@ def test_steps_that_were_cut_say_so():
 
 
 FITS = {"largest": lambda checkpointing: 16}
+HALF_FITS = {"largest": {False: None, "selective": 2}.get, "checkpointing": True}  # nothing fits without recomputation
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,13 @@ FITS = {"largest": lambda checkpointing: 16}
         ({"attention": 0.41, "lengths": (16,) * 20 + (300,)}, {}, "; documents of 30 tokens are too short for train.attention=by_document"),
         ({"attention": 0.41}, {"has_varlen": True, "attention": "sdpa"}, "the pairs that are seen: train.attention=auto"),
         ({"attention": 0.41}, {"has_varlen": True}, "15.9 times the pairs that are seen"),
-        ({"recomputed": 0.24}, {**FITS, "checkpointing": True}, "24% of the step is recomputation, and 16 rows a micro-batch fit without it: train.gradient_checkpointing=false train.micro_batch_rows=4"),
+        ({"recomputed": 0.24}, {**FITS, "checkpointing": True}, "24% of the step is recomputation, and 4 rows a micro-batch (up to 16) fit without it: train.gradient_checkpointing=false train.micro_batch_rows=4"),
+        ({"recomputed": 0.24}, {"largest": lambda way: 4, "checkpointing": True}, "and 4 rows a micro-batch fit without it: train.gradient_checkpointing=false train.micro_batch_rows=4"),
+        ({"recomputed": 0.24}, {"largest": lambda way: 1, "checkpointing": "selective"}, "and 1 row a micro-batch fits without it: train.gradient_checkpointing=false train.micro_batch_rows=1"),
+        ({"recomputed": 0.24, "matmuls": 0.8}, {**HALF_FITS, "can_compile": True}, "and 2 rows a micro-batch fit with half of it: train.gradient_checkpointing=selective train.compile=true train.micro_batch_rows=2"),
+        ({"recomputed": 0.24, "matmuls": 0.8}, {**HALF_FITS, "can_compile": True, "checkpointing": "offload"}, "train.gradient_checkpointing=selective train.compile=true train.micro_batch_rows=2"),
+        ({"recomputed": 0.24}, {**HALF_FITS, "is_compiled": True}, "and 2 rows a micro-batch fit with half of it: train.gradient_checkpointing=selective train.micro_batch_rows=2"),
+        ({"matmuls": 0.7, "host_gaps": 0.15}, {"can_compile": True}, "other and host gaps are 30% of the step: train.compile=true fuses the operators between products"),
         ({"communication": 0.3}, {"zero_stage": 3}, "communication is 30% of the step: ZeRO 3 gathers the weights twice a micro-batch, of 2 a step: zero=ds_configs/zero2.json gathers them once a step"),
         ({"communication": 0.3}, {}, "ZeRO 2 reduces gradients in each of 2 micro-batches: zero=ds_configs/zero1.json does it once a step"),
         ({"communication": 0.3}, {"zero_stage": 1}, "communication is 30% of the step: it is the same for any number of rows: a larger train.global_batch_rows has less of it"),
@@ -128,6 +136,14 @@ def test_what_stands_out_is_told_with_what_to_change(seen, about, said):
         ({}, {}),
         ({"attention": 0.41, "lengths": (512, 512)}, {}),  # the mask is as dense as what is seen
         ({"recomputed": 0.24}, {"checkpointing": True}),  # nothing fits without it
+        ({"recomputed": 0.24}, HALF_FITS),  # part of it is the slower way in layers that are not compiled
+        (
+            {"recomputed": 0.24, "matmuls": 0.8},
+            {**HALF_FITS, "checkpointing": "selective", "can_compile": True},
+        ),  # has it
+        ({}, {"is_compiled": True}),  # it is told of all else as it was profiled, uncompiled
+        ({}, {"can_compile": True, "checkpointing": "offload"}),
+        ({"matmuls": 0.7, "head_loss": 0.1}, {"can_compile": True}),  # too little to be fused
         ({"host_gaps": 0.35}, {}),
         ({"optimizer": 0.5}, {"whole": Batch(960, 4, 240, 1)}),  # of a step that was cut
     ],
