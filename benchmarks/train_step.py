@@ -10,7 +10,8 @@ steps agree with the plain loop's.
 Of each step the minimum and the median over the repeats are taken, and their mean over the steps is told; what is judged is
 the median. A trainer that fails, by a lack of memory say, is left out from there on, and the others go on. MFU counts what the model needs (6 FLOPs a matrix parameter and token, the head at targets only, attention within documents)
 against a matrix product measured in the same run. Memory is resident on a CPU, allocated by torch on a GPU, from the first
-step on. Start-up ends with the first step: imports, weights, proofs, building.
+step on. Start-up ends with the first step: imports, weights, proofs, building. What it weighs in a short run is told as the
+seconds of ten steps, start-up included, computed from those of the first step and of the later ones.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ ROOT = HERE.parent
 TOKENIZER = ROOT / "examples/tokenizers/gpt2"
 WARM_UP_STEPS = 2
 COMPARED_STEPS = 3
+SHORT_RUN_STEPS = 10
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}  # relative; in bf16 the ways of keeping fp32 weights round differently
 MODELS: dict[str, dict[str, Any]] = {
     # narrow ones begin with larger weights: with 0.02 their losses would hardly depend on what a token sees, and agree anyway
@@ -215,6 +217,24 @@ def summary(runs: list[dict[str, Any]], about: dict[str, int], steps: int, peak:
     return {**result, "attention": runs[0]["attention"], "versions": runs[0]["versions"], "runs": runs}
 
 
+def with_short_runs(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each result with the seconds of a run of ten steps, its start-up included, and how much that is of the plain loop's.
+
+    They are computed: the first step's seconds, and nine times those of the steps that were timed.
+
+    >>> plain = {"first_step_seconds": 11.0, "wall_seconds": 1.0}
+    >>> with_short_runs({"plain": plain, "zero2": {"first_step_seconds": 21.0, "wall_seconds": 1.0}})["zero2"]
+    {'first_step_seconds': 21.0, 'wall_seconds': 1.0, 'ten_steps_seconds': 30.0, 'ten_steps_of_plain': 1.5}
+    """
+    seconds = {
+        name: of["first_step_seconds"] + (SHORT_RUN_STEPS - 1) * of["wall_seconds"] for name, of in results.items()
+    }
+    return {
+        name: {**of, "ten_steps_seconds": seconds[name], "ten_steps_of_plain": seconds[name] / seconds["plain"]}
+        for name, of in results.items()
+    }
+
+
 def judged(results: dict[str, dict[str, Any]], model: str, device: str) -> list[dict[str, Any]]:
     """What this trainer is to reach beside those of the others that were measured, and what it does."""
     made = []
@@ -241,6 +261,8 @@ def show(console: Console, title: str, found: dict[str, Any], goals: list[dict[s
         "MFU %",
         "peak MiB",
         "s to 1st step",
+        "s of 10 steps",
+        "of plain",
         "losses off",
     )
     columns = ("", *numbers, "attention")
@@ -255,6 +277,8 @@ def show(console: Console, title: str, found: dict[str, Any], goals: list[dict[s
             f"{100 * result['mfu']:.1f}",
             f"{result['peak_mib']:,.0f}",
             f"{result['first_step_seconds']:.1f}",
+            f"{result['ten_steps_seconds']:.1f}",
+            f"{result['ten_steps_of_plain']:.2f}",
             f"{result['losses_off']:.0e}",
             result["attention"],
         )
@@ -295,7 +319,7 @@ def compare(task: Path, pythons: dict[str, str], repeats: int, about: dict[str, 
     results = {
         name: {**summary(made, about, steps, max(peaks)), "losses_off": off[name]} for name, made in runs.items()
     }
-    return {"peak_flops_per_second": max(peaks), "results": results, "failed": failed}
+    return {"peak_flops_per_second": max(peaks), "results": with_short_runs(results), "failed": failed}
 
 
 def arguments() -> argparse.Namespace:
@@ -328,31 +352,29 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-def contestants(given: argparse.Namespace, device: str, console: Console) -> dict[str, str]:
-    """By name the Python that runs each; DeepSpeed is wrong in bf16 at stage 0, and peers that are not there are left out."""
+def contestants(given: argparse.Namespace, device: str) -> tuple[dict[str, str], dict[str, str]]:
+    """By name the Python that runs each, and why peers that are not there are left out. DeepSpeed is wrong in bf16 at stage 0."""
     first = ["zero0"] if given.precision == "fp32" else ["zero1", *(["compiled"] if device == "cuda" else [])]
     own = [*first, "zero2", "bare", "plain", "fsdp2"]
-    pythons, peers = dict.fromkeys(own, sys.executable), given.peers
-    for name, modules in PEERS.items():
-        if absent := missing(peers, modules):
-            console.print(f"{NAMES[name]} is left out: {peers} has no {', '.join(absent)} (--peers)")
-        else:
-            pythons[name] = peers
     if given.trainers:
-        wanted = ["plain", *(name for name in given.trainers if name != "plain")]  # without it no loss can be judged
-        return {name: pythons.get(name, sys.executable) for name in wanted if name in pythons or name not in PEERS}
-    return pythons
+        own = ["plain", *(name for name in given.trainers if name not in (*PEERS, "plain"))]  # it judges all losses
+    asked = [name for name in PEERS if name in (given.trainers or PEERS)]
+    absent = {name: missing(given.peers, PEERS[name]) for name in asked}
+    pythons = dict.fromkeys(own, sys.executable) | {name: given.peers for name in asked if not absent[name]}
+    return pythons, {name: f"there is no {', '.join(modules)}" for name, modules in absent.items() if modules}
 
 
 def main() -> None:
     """Measure, print a table and a judgement for each shape of data, leave all as JSON."""
     end_on_sigterm()
-    given, console = arguments(), Console(width=None if sys.stdout.isatty() else 160)
+    given, console = arguments(), Console(width=None if sys.stdout.isatty() else 180)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pythons = contestants(given, device, console)
+    pythons, left_out = contestants(given, device)
+    for name, why in left_out.items():
+        console.print(f"{NAMES[name]} is left out: {why} in {given.peers} (--peers)", soft_wrap=True)
     settings = {key: value for key, value in vars(given).items() if key not in ("json", "peers")}
     where = {**machine(), "gpu": torch.cuda.get_device_name() if device == "cuda" else None}
-    report: dict[str, Any] = {"machine": where, "settings": settings, "shapes": {}}
+    report: dict[str, Any] = {"machine": where, "settings": settings, "left_out": left_out, "shapes": {}}
     num_steps = WARM_UP_STEPS + given.steps
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
