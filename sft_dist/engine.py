@@ -206,9 +206,8 @@ class Engine:
         scores = scores_at(self.deepspeed, tokens, positions, places, labels, **about)
         if set_sums is not None:  # a by-product: the loss that is optimised does not depend on it
             rows = places // (tokens.shape[1] // (self.shared.count if self.shared else 1))
-            set_sums += sums_by_set(
-                scores.log_probs, labels, micro_batch.sets.to(self.device, non_blocking=True)[rows], self.num_sets
-            )
+            sets = micro_batch.sets.to(self.device, non_blocking=True)[rows]
+            set_sums += sums_by_set(scores.log_probs, labels, sets, self.num_sets)
         return scores
 
     def _fed(self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

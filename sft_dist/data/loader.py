@@ -163,7 +163,7 @@ class Loader:
         sets = None
         if self.has_sets and isinstance(self.shards, Joined):
             of_rows = self.shards.set_of(block.rows) if len(block.rows) else np.zeros(1, np.int64)
-            sets = on_device(of_rows, self.device)
+            sets = _on_device(of_rows, self.device)
         parts = widen(stored, self.shards.seq_len, self.device)
         num_targets, of_text = (int(np.bitwise_count(bits).sum()) for bits in (stored.targets, stored.starts))
         num_targets -= int((stored.targets[:, 0] >> 7).sum())  # a row's first token is predicted by nothing
@@ -177,12 +177,8 @@ class Loader:
         return StoredRows(record)
 
 
-def on_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy there that nothing waits for: from pinned memory, behind what the device already has to do.
-
-    >>> on_device(np.arange(3), torch.device("cpu"))
-    tensor([0, 1, 2])
-    """
+def _on_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy there that nothing waits for: from pinned memory, behind what the device already has to do."""
     made = torch.from_numpy(values)
     return made if device.type == "cpu" else made.pin_memory().to(device, non_blocking=True)
 
@@ -201,7 +197,7 @@ def widen(
     """
     dtype: Any = stored.records.dtype
     content = np.ascontiguousarray(stored.records).view(np.uint8).reshape(-1, dtype.itemsize)
-    blob = on_device(content, device)  # all fields of all rows in one copy
+    blob = _on_device(content, device)  # all fields of all rows in one copy
 
     def field(name: str) -> torch.Tensor:
         inner, begin = dtype.fields[name][:2]
