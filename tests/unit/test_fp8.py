@@ -100,3 +100,24 @@ def test_a_gpu_that_cannot_is_told(monkeypatch):
         ModelError, match=r"train\.fp8: NVIDIA A100 has no products in 8 bits with a scale for each row"
     ):
         fp8.use(made(), torch.device("cuda"))
+
+
+def kept_bytes(model):
+    """What a forward pass keeps for the backward pass beside the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # it stays, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        packed_logits(model.train(), torch.zeros(1, 32, dtype=torch.long), torch.arange(32)[None]).sum()
+    return sum(size for place, (size, _) in kept.items() if place not in weights)
+
+
+def test_what_is_kept_is_what_plan_counts_for_16_bits():
+    plain, model = made(), made()
+    fp8.use(model, torch.device("cpu"))
+    assert kept_bytes(model) == kept_bytes(plain) > 0
