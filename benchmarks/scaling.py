@@ -36,7 +36,7 @@ OPTIMIZER_BYTES = 36  # of a parameter in fp32, as the model counts
 def timed(
     topology: Topology, stage: int, micro_batches: int, steps: int, width: int, start: float = 0.0
 ) -> dict[str, Any]:
-    """Median seconds of a step of so many micro-batches a rank, from the time `start` on, and the parameters."""
+    """Median seconds of a step of so many micro-batches a rank, from the time `start` on, the parameters, and which of them stage 3 keeps."""
     tiny.MODELS["gpt2"] = {"model_type": "gpt2", "n_layer": 4, "n_embd": width, "n_head": 4}
     count = micro_batches * ROWS * topology.world_size
     rows = {"micro_batch_rows": ROWS, "global_batch_rows": count}
@@ -49,8 +49,14 @@ def timed(
         started = time.perf_counter()
         tiny.learn(made, comms, range(2 + number, 3 + number))
         seconds.append(time.perf_counter() - started)
-    parameters = sum(getattr(one, "ds_numel", one.numel()) for one in made.deepspeed.module.parameters())
-    return {"seconds": statistics.median(seconds), "parameters": parameters}
+    sizes = [getattr(one, "ds_numel", one.numel()) for one in made.deepspeed.module.parameters()]
+    small = _section(stage).get("stage3_param_persistence_threshold", 0)
+    persistent = sum(size for size in sizes if size <= small)
+    return {"seconds": statistics.median(seconds), "parameters": sum(sizes), "persistent": persistent}
+
+
+def _section(stage: int) -> dict[str, Any]:
+    return zero_config(f"ds_configs/zero{stage}.json")["zero_optimization"]
 
 
 def apart(worlds: int, *about: int) -> dict[str, Any]:
@@ -91,11 +97,11 @@ def measure(stages: list[int], all_ranks: list[int], steps: int, width: int) -> 
                 )
             per_second = run_workers(rate, ranks, few["parameters"], 5)[0]
             job = Job(
-                few["parameters"], few["parameters"], 0 if stage < 3 else few["parameters"], of_row, ROWS, "fp32", 1.0,
+                few["parameters"], few["parameters"], few["persistent"], of_row, ROWS, "fp32", 1.0,
                 OPTIMIZER_BYTES * few["parameters"] / rest,
             )  # fmt: skip
             network = Network(per_second / ATTAINED, per_second / ATTAINED, ranks)
-            foretold = step(job, zero_config(f"ds_configs/zero{stage}.json")["zero_optimization"], network, ranks, 2)
+            foretold = step(job, _section(stage), network, ranks, 2)
             seen = max(result["seconds"] for result in run_workers(timed, ranks, stage, 2, steps, width))
             lines.append(
                 {

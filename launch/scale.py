@@ -131,7 +131,7 @@ def _card(options: Options) -> Gpu:
 
 
 def _zeros(plan: Plan) -> dict[str, Mapping[str, Any]]:
-    """The run's own DeepSpeed file and the shipped ones, but offload, and what is refused: 16 bit at stage 0, nf4 at stage 3."""
+    """The run's own DeepSpeed file and the shipped ones, but what is refused, 16 bit at stage 0, or not reckoned: offload, nf4 at stage 3."""
     found = {plan.config.zero: plan.zero} | {name: zero_config(name) for name in shipped()}
     is_fp32, lora = plan.config.train.precision == "fp32", plan.config.model.lora
     is_nf4 = lora is not None and lora.quantize is not None

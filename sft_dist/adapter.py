@@ -125,6 +125,13 @@ def quantise(model: PreTrainedModel) -> None:
     model.is_loaded_in_4bit = True  # as peft knows it
 
 
+def scales_to(model: torch.nn.Module, device: torch.device) -> None:
+    """Put the scales of what is in nf4 there: ZeRO 3 moves the weights that it shares out, and knows of no scales."""
+    for parameter in model.parameters():
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            state.to(device)
+
+
 @torch.no_grad()
 def merge(model: PreTrainedModel) -> None:
     """Add what was learned to the matrices beside it, in place and in fp32: a plain model, which computes what training computed.

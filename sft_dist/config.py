@@ -42,17 +42,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _check_lora(path: str | Path, config: RunConfig, lora: LoraConfig) -> None:
-    """Its packages are there, and ZeRO can do with what is kept in 4 bits."""
+    """Its packages are there, and at ZeRO 3 what is kept in 4 bits is let go again."""
     for package, extra, is_needed in (("peft", "lora", True), ("bitsandbytes", "qlora", lora.quantize is not None)):
         if is_needed and importlib.util.find_spec(package) is None:
             raise ConfigError(
                 f"{path}: model.lora: needs the package {package}, which is not installed; pip install 'sft-dist[{extra}]'"
             )
-    if lora.quantize is not None and zero_stage(zero_config(config.zero)) == 3:
-        raise ConfigError(
-            f"{path}: model.lora.quantize: {lora.quantize!r} is not allowed at ZeRO stage 3 ({config.zero}): a weight in 4 bits cannot be "
-            "partitioned. Use ds_configs/zero2.json, which shares out all that is trained, or leave quantize out"
-        )
+    if lora.quantize is not None:
+        _check_recomputed(path, config, "model.lora.quantize", "bitsandbytes'")
 
 
 def _check_fp8(path: str | Path, config: RunConfig) -> None:
@@ -65,9 +62,13 @@ def _check_fp8(path: str | Path, config: RunConfig) -> None:
         raise ConfigError(
             f"{path}: train.fp8: adapters are trained beside layers of 16 bits or nf4; leave fp8 or model.lora out"
         )
+    _check_recomputed(path, config, "train.fp8", "torchao's")
+
+
+def _check_recomputed(path: str | Path, config: RunConfig, key: str, whose: str) -> None:
     if zero_stage(zero_config(config.zero)) == 3 and config.train.gradient_checkpointing is not True:
         raise ConfigError(
-            f"{path}: train.fp8: at ZeRO stage 3 ({config.zero}) torchao's products keep the gathered weights of all layers for the backward "
+            f"{path}: {key}: at ZeRO stage 3 ({config.zero}) {whose} products keep the gathered weights of all layers for the backward "
             "pass, unless layers are computed again there; set train.gradient_checkpointing: true, or use ds_configs/zero2.json"
         )
 

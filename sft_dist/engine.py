@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sft_dist import kernels, layout, ledger
+from sft_dist import adapter, kernels, layout, ledger
 from sft_dist.attention import packed_logits
 from sft_dist.batch import Batch, with_last
 from sft_dist.head import Head, Scores, scores_at, targets_at
@@ -87,6 +87,7 @@ class Engine:
         self._forward = Stopwatch(device)
         self.head = Head(model)
         leaves = compile_layers(model) if config.compile else ()
+        adapter.scales_to(model, device)
         self.deepspeed = _initialize(model, self.adam, deepspeed_config(zero, config, batch, leaves))
         if config.precision == "fp16":  # else a gradient that stays bad ends in an exception of DeepSpeed's own
             self.deepspeed.optimizer.loss_scaler.raise_error_at_min_scale = False

@@ -257,6 +257,16 @@ class Size:
         """What the frozen ones take, at so many bytes a weight where it is not in nf4."""
         return of_weight * (self.frozen - self.packed) + NF4_BYTES * self.packed
 
+    @property
+    def scales(self) -> float:
+        """Bytes of the scales of what is in nf4, which are whole on each rank at any stage."""
+        return (NF4_BYTES - 1 / 2) * self.packed
+
+    def gathered_bytes(self, of_weight: int, most: int) -> float:
+        """What stage 3 gathers, of all ranks' weights `most` elements at a time: two weights in nf4 are one."""
+        elements = self.parameters - self.packed / 2
+        return min(1.0, most / elements) * (of_weight * (self.parameters - self.packed) + self.packed / 2)
+
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
@@ -298,17 +308,17 @@ def _kept(size: Size, section: Mapping[str, Any], world_size: int, precision: st
         weights, full = c * all_ + frozen, c * bucket * buffers
         kept = _Kept(weights, gradients, 12 * own, gathered=unpacked, bucket=full, to_reduce=reduce)
     else:
-        live = min(size.parameters, section.get("stage3_max_live_parameters", 1_000_000_000))
+        live = size.gathered_bytes(c, section.get("stage3_max_live_parameters", 1_000_000_000)) + unpacked
         group = min(own, section.get("sub_group_size", 1_000_000_000))
-        weights = c * own + frozen / world_size
-        kept = _Kept(weights, 4 * own, 12 * own, always=4 * bucket * buffers, gathered=c * live, in_step=4 * group)
+        weights = c * own + (frozen - size.scales) / world_size + size.scales
+        kept = _Kept(weights, 4 * own, 12 * own, always=4 * bucket * buffers, gathered=live, in_step=4 * group)
     if "offload_optimizer" in section:
         host = kept.optimizer + 2 * 4 * own + c * own  # a second copy of the gradients, and pinned weights
         kept = replace(kept, gradients=0.0, optimizer=0.0, in_step=0.0, host=host)
         if stage == 2:
             kept = replace(kept, always=c * size.largest, host=host + c * size.largest)
     if "offload_param" in section:
-        kept = replace(kept, weights=0.0, host=kept.host + frozen / world_size)
+        kept = replace(kept, weights=size.scales, host=kept.host + (frozen - size.scales) / world_size)
     return kept
 
 

@@ -149,9 +149,11 @@ def choices(
     for name, zero in zeros.items():
         section = zero.get("zero_optimization", {})
         stage, is_offloaded = section.get("stage", 0), "offload_optimizer" in section or "offload_param" in section
-        if (model.precision != "fp32" and stage == 0) or (model.size.packed and stage == 3):
-            continue  # refused: DeepSpeed's optimizer takes a wrong first step there; and it cannot partition nf4
+        if model.precision != "fp32" and stage == 0:
+            continue  # refused: DeepSpeed's optimizer takes a wrong first step there
         for checkpointing in dict.fromkeys((*_WAYS, own)):
+            if model.size.packed and stage == 3 and checkpointing is not True:
+                continue  # refused: else gathered weights are kept for the backward pass
             common: dict[str, Any] = {"world_size": world_size, "checkpointing": checkpointing}
             largest = model.largest(zero, gpu, rows_per_rank=rows_per_rank, **common) if gpu is not None else None
             used = rows or largest or 1

@@ -44,8 +44,8 @@ def _reference(topology, kind):
     [
         (0, 2, {"micro_batch_rows": 2}),
         (1, 2, {"micro_batch_rows": 2}),
-        (2, 2, {"micro_batch_rows": 2, "overlap": True}),
-        (3, 2, {"micro_batch_rows": 2, "overlap": True}),
+        (2, 2, {"micro_batch_rows": 2, "section": {"overlap_comm": True}}),
+        (3, 2, {"micro_batch_rows": 2, "section": {"overlap_comm": True}}),
         (2, 1, {"micro_batch_rows": 8}),
         (2, 4, {"micro_batch_rows": 1}),
         (3, 4, {"micro_batch_rows": 1, "kind": "qwen3"}),  # a rank has a row without targets

@@ -52,15 +52,28 @@ def reference(steps, kind="gpt2", quantize=None):
     return curve
 
 
+# else stage 3 keeps all weights of so small a model gathered
+LET_GO = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+
+
 def learned(topology, stage, lora, steps, **more):
-    made, comms = tiny.engine(topology, stage, lora=lora, micro_batch_rows=2, **more)
+    section = LET_GO if stage == 3 else {}
+    made, comms = tiny.engine(topology, stage, lora=lora, micro_batch_rows=2, section=section, **more)
+    if lora.quantize and stage == 3:
+        cut = [p for p in made.deepspeed.module.parameters() if hasattr(p, "quant_state")]
+        assert cut
+        assert all(p.numel() == 0 and p.ds_tensor.dtype == torch.uint8 for p in cut), "let go"
+        assert all(p.ds_tensor.numel() * 2 * topology.world_size == p.quant_state.shape.numel() for p in cut), "4 bits"
     curve = tiny.learn(made, comms, range(steps))
     return curve, sorted(fragment.name for fragment in made.fragments())
 
 
 @pytest.mark.parametrize(
     ("stage", "kind", "checkpointing", "lora"),
-    [(0, "gpt2", False, LORA), (1, "llama", True, LORA), (2, "gpt2", True, NF4), (3, "llama", True, LORA)],
+    [
+        (0, "gpt2", False, LORA), (1, "llama", True, LORA), (2, "gpt2", True, NF4), (3, "llama", True, LORA),
+        (3, "llama", True, NF4), ("3_offload", "gpt2", True, NF4),
+    ],  # fmt: skip
 )
 def test_it_learns_what_a_plain_loop_of_peft_learns(stage, kind, checkpointing, lora):
     """Six steps with decay, and clipping that bites; the product is no longer zero then."""
@@ -73,7 +86,8 @@ def test_it_learns_what_a_plain_loop_of_peft_learns(stage, kind, checkpointing, 
 
 def continued(topology, folder, stage, lora, precision, first, last):
     """Go on at step `first` from what is in the folder, and save after `last`."""
-    made, comms = tiny.engine(topology, stage, lora=lora, micro_batch_rows=2, precision=precision, global_batch_rows=8)
+    about = {"precision": precision, "global_batch_rows": 8, "gradient_checkpointing": stage == 3}
+    made, comms = tiny.engine(topology, stage, lora=lora, micro_batch_rows=2, **about)
     checkpoints = Checkpoints(
         folder, identity={}, attachments={}, retention=Retention(9), stage=0, comms=comms
     )
@@ -94,6 +108,8 @@ def continued(topology, folder, stage, lora, precision, first, last):
         ((3, 2), (3, 2), LORA, "fp32"),
         ((3, 4), (1, 2), LORA, "bf16"),
         ((2, 2), (1, 1), NF4, "bf16"),
+        ((3, 2), (3, 2), NF4, "bf16"),
+        ((3, 4), (2, 2), NF4, "fp32"),
     ],
 )
 def test_a_checkpoint_of_adapters_goes_on_anywhere(tmp_path, saved, loaded, lora, precision):

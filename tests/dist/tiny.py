@@ -121,10 +121,10 @@ def engine(topology, stage: int | str, **more) -> tuple[Engine, Comms]:
     torch.set_num_threads(1)
     comms = Comms(topology, torch.device("cpu"))
     of_model = {name: more.pop(name) for name in ("kind", "dropout", "gradient_checkpointing", "lora") if name in more}
-    frozen, overlap = more.pop("frozen", ()), more.pop("overlap", False)
+    frozen, section = more.pop("frozen", ()), more.pop("section", {})
     config = train_config(**more)
     zero = zero_config(f"ds_configs/zero{stage}.json")
-    zero["zero_optimization"]["overlap_comm"] = overlap
+    zero["zero_optimization"] |= section
     if config.precision == "fp16":  # DeepSpeed has it on GPUs only; the arithmetic is there on a CPU too
         from deepspeed.accelerator import get_accelerator
 

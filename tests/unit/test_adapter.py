@@ -13,7 +13,8 @@ from sft_dist import adapter
 from sft_dist.errors import ModelError
 from sft_dist.flops import Cost, matmul_parameters
 from sft_dist.layout import kept
-from sft_dist.memory import NF4_BYTES, Size
+from sft_dist.memory import NF4_BYTES, Alive, Size, Traced
+from sft_dist.memory import parts as parts_of
 from sft_dist.schema import LoraConfig
 from tests.dist import tiny
 
@@ -159,6 +160,24 @@ def test_a_folder_of_them_is_loaded_by_peft_and_by_transformers(kind, tmp_path):
     again = adapter.loaded(tiny.model(kind=kind), tmp_path / "adapter")
     assert torch.equal(logits(again), logits(model))
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()), logits(model))
+
+
+def test_scales_of_nf4_go_where_the_weights_will_be():
+    packed = adapted(quantize="nf4")
+    adapter.scales_to(packed, torch.device("meta"))
+    states = [state for p in packed.parameters() if (state := getattr(p, "quant_state", None)) is not None]
+    assert states
+    assert {str(each.device) for state in states for each in (state.absmax, state.code)} == {"meta"}
+
+
+def test_at_stage_3_weights_in_nf4_are_shared_out_and_their_scales_are_not():
+    size = Size(trained=100, largest=50, frozen=10_000, packed=8_000, unpacked=4_000)
+    zero = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 10}}
+    made = parts_of(size, Traced(Alive(0)), zero, world_size=8, precision="bf16")
+    assert made.weights == 2 * 100 / 8 + (2 * 2_000 + 8_000 / 2) / 8 + 8_000 * 4 / 64
+    assert size.gathered_bytes(2, 10**9) == 2 * 2_100 + 8_000 / 2, "two share a byte"
+    assert size.gathered_bytes(2, 3_050) == (2 * 2_100 + 8_000 / 2) / 2, "so many elements at a time"
+    assert Size(100, 50, 10_000).gathered_bytes(2, 5_000) == 2 * 5_000
 
 
 def test_what_is_counted_of_them():
