@@ -139,6 +139,12 @@ def test_at_stage_3_deepspeed_waits_for_its_stream_behind_each_backward_pass():
     assert (between, last) == ([(0, 0), (0, 1), (0, 1), (0, 1)], (3, 1 + 1)), "and once for the step"
 
 
+def test_at_stage_2_communication_beside_the_backward_pass_is_waited_for_behind_it():
+    options = {"precision": "bf16", "section": {"overlap_comm": True}}
+    *between, last = run_workers(asked, 1, 2, options, "varlen")[0]
+    assert (between, last) == ([(0, 0), (0, 1), (0, 1), (0, 1)], (6, 1))
+
+
 def test_sdpa_waits_once_a_micro_batch():
     """transformers looks for documents in every micro-batch; it is also what shows that the count sees something."""
     *between, last = run_workers(asked, 1, 2, {"precision": "bf16"}, "sdpa")[0]

@@ -23,6 +23,7 @@ def absent(modules):
 
 TRAIN_STEP = "train_step.py --model toy --seq-len 64 --micro-batch 2 --steps 1 --repeats 1 --shapes answers"
 PEERS = {"trainer": ["accelerate", "transformers"], "trl": ["trl", "datasets", "accelerate"]}  # and what each needs
+# nothing here needs a compiler to be installed; where there is none, layers that are not compiled are run all the same
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="compiled layers need a C++ compiler")
 
 

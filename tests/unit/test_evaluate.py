@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, OPTConfig
+from transformers import AutoModelForCausalLM, BambaConfig, OPTConfig
 
 from sft_dist.answers import Prompt, Sampling, answers, own_prompts, prompts
 from sft_dist.attention import packed_logits
@@ -430,6 +430,12 @@ def test_a_model_alone_is_measured_only_where_documents_are_kept_apart(monkeypat
     packed = forward(tokens, positions, torch.tensor([6]), torch.tensor([3])).log_probs
     apart = forward(tokens[:, 5:], positions[:, 5:], torch.tensor([1]), torch.tensor([3])).log_probs
     torch.testing.assert_close(packed, apart)
+    config_of_bamba = BambaConfig(  # recurrent layers, and a z-loss that the head here does not have
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, pad_token_id=0, z_loss_coefficient=0.1,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="packed documents see each other"):
+        alone(AutoModelForCausalLM.from_config(config_of_bamba), torch.device("cpu"))
     monkeypatch.setattr("sft_dist.head.masks_of", lambda *about: None)
     with pytest.raises(ModelError, match="packed documents see each other with attention 'sdpa'"):
         alone(AutoModelForCausalLM.from_config(config), torch.device("cpu"))

@@ -1,12 +1,12 @@
 import functools
 import itertools
-import shutil
 
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
+from launch.settle import find_compiler
 from sft_dist import kernels
 from sft_dist.attention import WINDOW, choose, packed_logits
 from sft_dist.errors import ModelError
@@ -315,7 +315,8 @@ def test_a_model_that_takes_no_masks_either_is_refused():
 
 
 @torch.no_grad()
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles flex attention, with a C++ compiler")
+# torch compiles flex attention; where it cannot, the uncompiled one above holds masks and gradients, if not the kernel
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here")
 def test_flex_as_torch_compiles_it(monkeypatch):
     """Its forward pass on a CPU; rows of several blocks of 128 tokens."""
     mask_not_compiled(monkeypatch)  # which takes longer
